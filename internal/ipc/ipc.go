@@ -1,0 +1,367 @@
+// Package ipc moves whole records, and the file descriptors that belong to
+// them, over one end of a SOCK_SEQPACKET socketpair. A record arrives entire or
+// not at all, and its descriptors are closed if nobody takes them. What a record
+// means is for package wire to say.
+//
+// A record is a header of 16 bytes, big endian, and a body:
+//
+//	u16 version | u16 kind | u16 flags | u16 number of descriptors | u64 id | body
+//
+// A body over MaxInline travels as a sealed memfd, which is then the last
+// descriptor of the record and flagged Large; Receive reads it back, so callers
+// see only bodies. ErrProtocol means the peer broke these rules and the channel
+// is of no more use; io.EOF that the peer has closed its end; any other error is
+// the system's.
+package ipc
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The limits of a record.
+const (
+	HeaderSize = 16
+	MaxInline  = 60 << 10 // bytes of a body inside the record itself
+	MaxBody    = 16 << 20 // bytes of a body that travels as a memfd
+	MaxFiles   = 16       // descriptors of a record, the memfd not counted
+)
+
+// SendTimeout bounds how long Send waits for a peer that does not read. A peer
+// that is stuck for so long is to be replaced.
+const SendTimeout = 5 * time.Second
+
+// Version is the version of the header. It changes when the header does, or when
+// a kind changes its meaning; never for a kind or field that is added.
+const Version = 1
+
+// ErrProtocol is wrapped by the errors that mean the peer broke the rules.
+var ErrProtocol = errors.New("protocol violation")
+
+// Flags of a record.
+type Flags uint16
+
+// The flags. A Reply carries the id of what it answers; Failed is a Reply whose
+// body is an error; Large is set and cleared by this package.
+const (
+	Reply  Flags = 1 << 0
+	Failed Flags = 1 << 1
+	Large  Flags = 1 << 15
+)
+
+const knownFlags = Reply | Failed | Large
+
+// An FD is a descriptor that somebody owns. The zero value is not a descriptor
+// in use here: standard input never travels. FDs are raw numbers, since an
+// os.File may change the mode of a description that other processes share.
+type FD int
+
+// Close closes the descriptor. Closing a value that is not positive does nothing.
+func (fd FD) Close() {
+	if fd > 0 {
+		_ = unix.Close(int(fd)) //nolint:errcheck // nothing is to be done about it
+	}
+}
+
+// File hands the descriptor to an os.File, which owns it from here on. A
+// descriptor that is already non-blocking stays so.
+func (fd FD) File(name string) *os.File { return os.NewFile(uintptr(fd), name) }
+
+// A Record is one message in transit.
+type Record struct {
+	Kind  uint16
+	Flags Flags
+	ID    uint64
+	Body  []byte
+	// Files belong to the receiver after Receive, who closes each or calls
+	// Discard. Send duplicates them: the sender still closes its own.
+	Files []FD
+}
+
+// Discard closes every descriptor that the record still holds.
+func (r *Record) Discard() {
+	for _, f := range r.Files {
+		f.Close()
+	}
+	r.Files = nil
+}
+
+// A Channel is one end of the socketpair. Send may be called from any goroutine;
+// Receive from one at a time. Close may come twice and unblocks both.
+type Channel struct {
+	conn *net.UnixConn
+
+	sendMu  sync.Mutex
+	sendBuf []byte // guarded by sendMu
+
+	recvBuf []byte // of the one receiver
+	recvOOB []byte
+}
+
+// Pair makes a connected pair: our Channel, and the other end for a child. The
+// caller closes the FD after it was handed on. Both ends are close-on-exec.
+func Pair() (*Channel, FD, error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, fmt.Errorf("make a channel: %w", err)
+	}
+	c, err := Open(FD(fds[0]))
+	if err != nil {
+		FD(fds[1]).Close()
+		return nil, 0, err
+	}
+	return c, FD(fds[1]), nil
+}
+
+// Open makes a Channel of a descriptor that it owns from here on, whatever it
+// returns. It refuses what is not a SOCK_SEQPACKET socket.
+func Open(fd FD) (*Channel, error) {
+	unix.CloseOnExec(int(fd))
+	typ, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		fd.Close()
+		return nil, fmt.Errorf("descriptor %d is not a channel: %w", fd, err)
+	}
+	if typ != unix.SOCK_SEQPACKET {
+		fd.Close()
+		return nil, fmt.Errorf("descriptor %d is a socket of type %d, not SOCK_SEQPACKET", fd, typ)
+	}
+	if err := unix.SetNonblock(int(fd), true); err != nil {
+		fd.Close()
+		return nil, fmt.Errorf("channel: %w", err)
+	}
+	f := fd.File("channel")
+	conn, err := net.FileConn(f)
+	_ = f.Close()
+	if err != nil {
+		return nil, fmt.Errorf("channel: %w", err)
+	}
+	u, ok := conn.(*net.UnixConn)
+	if !ok {
+		_ = conn.Close()
+		return nil, fmt.Errorf("channel: descriptor is a %T, not a Unix socket", conn)
+	}
+	return &Channel{
+		conn:    u,
+		sendBuf: make([]byte, 0, HeaderSize+MaxInline),
+		recvBuf: make([]byte, HeaderSize+MaxInline+1),
+		recvOOB: make([]byte, unix.CmsgSpace((MaxFiles+1)*4)),
+	}, nil
+}
+
+// Close ends the channel. The peer reads io.EOF after what was sent before.
+func (c *Channel) Close() error { return c.conn.Close() }
+
+// Send writes one record, its descriptors duplicated on the way. It waits for a
+// full peer, SendTimeout at most.
+func (c *Channel) Send(r Record) error {
+	if len(r.Files) > MaxFiles {
+		return fmt.Errorf("send kind %d: %d descriptors, the limit is %d", r.Kind, len(r.Files), MaxFiles)
+	}
+	if len(r.Body) > MaxBody {
+		return fmt.Errorf("send kind %d: a body of %d bytes, the limit is %d", r.Kind, len(r.Body), MaxBody)
+	}
+	files := make([]int, 0, len(r.Files)+1)
+	for _, f := range r.Files {
+		files = append(files, int(f))
+	}
+	body, flags := r.Body, r.Flags&^Large
+	if len(body) > MaxInline {
+		mem, err := sealed(body)
+		if err != nil {
+			return fmt.Errorf("send kind %d: %w", r.Kind, err)
+		}
+		defer mem.Close()
+		files = append(files, int(mem))
+		body, flags = nil, flags|Large
+	}
+	var oob []byte
+	if len(files) > 0 {
+		oob = unix.UnixRights(files...)
+	}
+
+	c.sendMu.Lock()
+	defer c.sendMu.Unlock()
+	b := c.sendBuf[:HeaderSize]
+	putHeader(b, r.Kind, flags, len(files), r.ID)
+	b = append(b, body...)
+	c.sendBuf = b[:0]
+	if err := c.conn.SetWriteDeadline(time.Now().Add(SendTimeout)); err != nil {
+		return fmt.Errorf("send kind %d: %w", r.Kind, err)
+	}
+	n, _, err := c.conn.WriteMsgUnix(b, oob, nil)
+	if err != nil {
+		return fmt.Errorf("send kind %d: %w", r.Kind, err)
+	}
+	if n != len(b) {
+		return fmt.Errorf("send kind %d: wrote %d bytes of %d", r.Kind, n, len(b))
+	}
+	return nil
+}
+
+func putHeader(b []byte, kind uint16, flags Flags, nfiles int, id uint64) {
+	binary.BigEndian.PutUint16(b[0:], Version)
+	binary.BigEndian.PutUint16(b[2:], kind)
+	binary.BigEndian.PutUint16(b[4:], uint16(flags))
+	binary.BigEndian.PutUint16(b[6:], uint16(nfiles)) //nolint:gosec // at most MaxFiles+1
+	binary.BigEndian.PutUint64(b[8:], id)
+}
+
+// Receive waits for one record. Its Body is the caller's to keep, its Files are
+// the caller's to close. It returns io.EOF when the peer has closed its end.
+func (c *Channel) Receive() (Record, error) {
+	n, oobn, rflags, _, err := c.conn.ReadMsgUnix(c.recvBuf, c.recvOOB)
+	files := rights(c.recvOOB[:oobn])
+	if err != nil {
+		for _, f := range files { // an empty record may still bring some
+			f.Close()
+		}
+		return Record{}, fmt.Errorf("receive: %w", err)
+	}
+	r, err := parse(c.recvBuf[:n], files, rflags)
+	if err != nil {
+		for _, f := range files {
+			f.Close()
+		}
+		return Record{}, err
+	}
+	return r, nil
+}
+
+// rights returns every descriptor in the control messages, also those of a
+// truncated one, so that they can be closed.
+func rights(oob []byte) []FD {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return nil
+	}
+	var files []FD
+	for _, m := range msgs {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			files = append(files, FD(fd))
+		}
+	}
+	return files
+}
+
+// parse checks one datagram. It closes the memfd of a large body; the other
+// files are the caller's to close if it returns an error.
+func parse(b []byte, files []FD, rflags int) (Record, error) {
+	violation := func(format string, args ...any) (Record, error) {
+		return Record{}, fmt.Errorf("%w: %s", ErrProtocol, fmt.Sprintf(format, args...))
+	}
+	switch {
+	case rflags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
+		return violation("a truncated record (flags %#x)", rflags)
+	case len(b) == 0 && len(files) == 0:
+		return Record{}, io.EOF
+	case len(b) < HeaderSize:
+		return violation("a record of %d bytes is shorter than its header", len(b))
+	}
+	version := binary.BigEndian.Uint16(b[0:])
+	r := Record{
+		Kind:  binary.BigEndian.Uint16(b[2:]),
+		Flags: Flags(binary.BigEndian.Uint16(b[4:])),
+		ID:    binary.BigEndian.Uint64(b[8:]),
+	}
+	nfiles := int(binary.BigEndian.Uint16(b[6:]))
+	switch {
+	case version != Version:
+		return violation("version %d, this is version %d", version, Version)
+	case r.Flags&^knownFlags != 0:
+		return violation("unknown flags %#x", r.Flags)
+	case nfiles != len(files):
+		return violation("kind %d names %d descriptors and brings %d", r.Kind, nfiles, len(files))
+	}
+	body := b[HeaderSize:]
+	if r.Flags&Large != 0 {
+		if len(files) == 0 || len(body) > 0 {
+			return violation("kind %d is flagged large without being so", r.Kind)
+		}
+		last := len(files) - 1
+		large, err := readSealed(files[last])
+		if err != nil {
+			return Record{}, err
+		}
+		files[last].Close()
+		files[last] = 0
+		files, body = files[:last], large
+		r.Flags &^= Large
+	} else {
+		body = append([]byte(nil), body...)
+	}
+	if len(files) > MaxFiles {
+		return violation("kind %d brings %d descriptors, the limit is %d", r.Kind, len(files), MaxFiles)
+	}
+	r.Body, r.Files = body, files
+	return r, nil
+}
+
+const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_SEAL_WRITE
+
+// sealed returns a memfd that holds body and can never change again.
+func sealed(body []byte) (FD, error) {
+	fd, err := unix.MemfdCreate("tako-body", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return 0, fmt.Errorf("memfd: %w", err)
+	}
+	for off := 0; off < len(body); {
+		n, err := unix.Write(fd, body[off:])
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			FD(fd).Close()
+			return 0, fmt.Errorf("memfd: %w", err)
+		}
+		off += n
+	}
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
+		FD(fd).Close()
+		return 0, fmt.Errorf("seal memfd: %w", err)
+	}
+	return FD(fd), nil
+}
+
+// readSealed reads the whole of a memfd after making sure that nobody can change
+// it. It leaves the descriptor open.
+func readSealed(fd FD) ([]byte, error) {
+	got, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	if err != nil || got&seals != seals {
+		return nil, fmt.Errorf("%w: a large body that is not a sealed memfd", ErrProtocol)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(fd), &st); err != nil {
+		return nil, fmt.Errorf("large body: %w", err)
+	}
+	if st.Size <= 0 || st.Size > MaxBody {
+		return nil, fmt.Errorf("%w: a large body of %d bytes, the limit is %d", ErrProtocol, st.Size, MaxBody)
+	}
+	body := make([]byte, st.Size)
+	for off := 0; off < len(body); {
+		n, err := unix.Pread(int(fd), body[off:], int64(off))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("large body: %w", err)
+		}
+		if n == 0 {
+			return nil, fmt.Errorf("%w: a large body that ends early", ErrProtocol)
+		}
+		off += n
+	}
+	return body, nil
+}

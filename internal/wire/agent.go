@@ -1,0 +1,237 @@
+package wire
+
+import (
+	"tako/internal/tako"
+)
+
+// The channel between tako-master and tako-agent.
+//
+//	master                                              agent
+//	  | ---- Hello ----------------------------------->   |  Starting
+//	  | <--- Hello ------------------------------------   |  Configuring
+//	  | ---- AgentSettings ---------------------------->  |
+//	  | <--- Ready ------------------------------------   |  Serving
+//	  |                                                   |
+//	  | ---- DialerSocket (1 FD) ---------------------->  |  one per proxy generation
+//	  | ---- Tree   --> <--- TreeMade or Fault --------   |  calls: the answer has the id
+//	  | ---- Unpack (1 FD) --> <--- Unpacked or Fault -   |
+//	  | ---- Run    --> <--- Ran or Fault -------------   |
+//	  |                                                   |
+//	  | ---- Start ------------------------------------>  |  exactly one of the next two
+//	  | <--- Started (3 FDs) ---------------------------  |  pidfd, stdout, stderr
+//	  | <--- StartFailed -------------------------------  |  it never ran
+//	  | <--- Probed* -----------------------------------  |
+//	  | ---- Stop ------------------------------------->  |
+//	  | <--- Exited ------------------------------------  |  last word on an instance that started
+//	  |                                                   |
+//	  | ---- Ping --> <--- Pong -----------------------   |
+//
+// When the channel closes the agent stops every instance, SIGTERM first, and
+// exits.
+
+// AgentSettings are what the agent has to know once.
+type AgentSettings struct {
+	// InstanceGroup is the group (tako-net) that proxy and agent share and that
+	// instance sockets belong to; 0 when everything runs as one user.
+	InstanceGroup uint32 `json:"instance_group"`
+	// AppUIDs is the range of users that instances may run as, both ends
+	// included; 0 and 0 when everything runs as one user.
+	MinAppUID uint32 `json:"min_app_uid"`
+	MaxAppUID uint32 `json:"max_app_uid"`
+	// PortMin and PortMax bound the TCP ports of instances.
+	PortMin uint16 `json:"port_min"`
+	PortMax uint16 `json:"port_max"`
+	// Owner and OwnerGroup own the data root: helpers that unpack run as them.
+	// 0 and 0 as root, or when everything runs as one user.
+	Owner      uint32 `json:"owner"`
+	OwnerGroup uint32 `json:"owner_group"`
+}
+
+// DialerSocket hands over the agent's end of a proxy's dialling socket.
+type DialerSocket struct{}
+
+// User is whom an instance or a step of an app runs as. The zero value is the
+// agent's own user.
+type User struct {
+	UID uint32 `json:"uid"`
+	GID uint32 `json:"gid"`
+}
+
+// Command is a program to run for an app.
+type Command struct {
+	Dir  string   `json:"dir"`
+	Argv []string `json:"argv"` // Argv[0] is looked up in PATH of Env
+	Env  []string `json:"env"`  // "NAME=value", the whole environment
+	User User     `json:"user"`
+}
+
+// Start starts an instance and watches it from then on.
+type Start struct {
+	Instance tako.InstanceID `json:"instance"`
+	Release  tako.ReleaseID  `json:"release"`
+	Command  Command         `json:"command"`
+	// Port is the TCP port it was told to listen on, Socket the path of its Unix
+	// socket ("" when the path would be too long). The first that answers wins.
+	Port   uint16 `json:"port"`
+	Socket string `json:"socket"`
+	Probe  Probe  `json:"probe"`
+	// LogDir is where its output goes, in files of LogBytes, LogFiles of them.
+	LogDir   string `json:"log_dir"`
+	LogBytes int64  `json:"log_bytes"`
+	LogFiles int    `json:"log_files"`
+	// ReadyMS bounds the time until the first good probe. The agent reports and
+	// goes on probing after it; the master decides.
+	ReadyMS int `json:"ready_ms"`
+}
+
+// Probe is how an instance shows that it is well.
+type Probe struct {
+	// Kind is ProbeHTTP or ProbeConnect.
+	Kind ProbeKind `json:"kind"`
+	// Path, Host and Codes are for ProbeHTTP. Codes are the good statuses, each a
+	// pair of first and last.
+	Path  string   `json:"path"`
+	Host  string   `json:"host"`
+	Codes [][2]int `json:"codes"`
+	// IntervalMS and TimeoutMS are of the steady probe.
+	IntervalMS int `json:"interval_ms"`
+	TimeoutMS  int `json:"timeout_ms"`
+}
+
+// ProbeKind is how a probe asks.
+type ProbeKind string
+
+// The kinds of probe.
+const (
+	ProbeHTTP    ProbeKind = "http"
+	ProbeConnect ProbeKind = "connect"
+)
+
+// Transport says where an instance answered.
+type Transport string
+
+// The transports.
+const (
+	TransportUnix Transport = "unix"
+	TransportTCP  Transport = "tcp"
+)
+
+// Stop ends an instance: SIGTERM to its process group, after GraceMS SIGKILL.
+type Stop struct {
+	Instance tako.InstanceID `json:"instance"`
+	GraceMS  int             `json:"grace_ms"`
+}
+
+// Run runs a command of an app to its end: an install step, a release command.
+// Its output goes to the app's log as stream "build" and its tail comes back.
+type Run struct {
+	App       tako.AppID `json:"app"`
+	Name      string     `json:"name"` // "install" or "release", for the log
+	Command   Command    `json:"command"`
+	TimeoutMS int        `json:"timeout_ms"`
+	LogDir    string     `json:"log_dir"`
+	LogBytes  int64      `json:"log_bytes"`
+	LogFiles  int        `json:"log_files"`
+}
+
+// Ran answers Run when the command could be started.
+type Ran struct {
+	Exit     Exit   `json:"exit"`
+	TimedOut bool   `json:"timed_out"`
+	Stdout   string `json:"stdout"` // the first MaxRanOutput bytes
+	Stderr   string `json:"stderr"`
+}
+
+// MaxRanOutput bounds each output in Ran, in bytes.
+const MaxRanOutput = 4096
+
+// Tree makes or mends the folders of an app, with owners and modes of the
+// design's table, as far as the agent's powers go.
+type Tree struct {
+	App tako.AppID `json:"app"`
+	// AppDir is apps/<app> in the data root; it exists.
+	AppDir string `json:"app_dir"`
+	// RunDir is instances/<app> in the run directory.
+	RunDir string `json:"run_dir"`
+	// Release is a folder below releases to give to the app's group; "" for none.
+	Release string `json:"release"`
+	User    User   `json:"user"`
+}
+
+// TreeMade answers Tree.
+type TreeMade struct{}
+
+// Unpack unpacks an archive (tar in zstd) that arrives on the one descriptor,
+// into the folder Dir/Name, which must not exist. The work is done by a process
+// without powers; on any fault nothing is left behind.
+type Unpack struct {
+	App  tako.AppID `json:"app"`
+	Dir  string     `json:"dir"`
+	Name string     `json:"name"`
+	User User       `json:"user"` // GID is the group of the files
+	// Limits of what may come out.
+	MaxBytes int64 `json:"max_bytes"`
+	MaxFiles int   `json:"max_files"`
+	// TimeoutMS bounds the whole.
+	TimeoutMS int `json:"timeout_ms"`
+}
+
+// Unpacked answers Unpack.
+type Unpacked struct {
+	Files int   `json:"files"`
+	Bytes int64 `json:"bytes"`
+}
+
+// Started says that an instance runs. Its descriptors are duplicates: the
+// process's pidfd, and the reading ends of its output, kept by the master so
+// that an agent's death leaves a reader.
+type Started struct {
+	Instance tako.InstanceID `json:"instance"`
+	PID      int             `json:"pid"`
+}
+
+// StartFailed says that an instance could not be started at all.
+type StartFailed struct {
+	Instance tako.InstanceID `json:"instance"`
+	Reason   string          `json:"reason"`
+}
+
+// Probed is the outcome of a probe. While an instance comes up only the first
+// good one is reported; then each one.
+type Probed struct {
+	Instance tako.InstanceID `json:"instance"`
+	Good     bool            `json:"good"`
+	// Streak counts the outcomes of this kind in a row, this one included.
+	Streak int `json:"streak"`
+	// Via is where the instance listens; set once a probe was good.
+	Via Transport `json:"via"`
+	// AfterMS is the time since the process was started.
+	AfterMS int64 `json:"after_ms"`
+	// Detail says why it was not good.
+	Detail string `json:"detail"`
+	// Accepts: it was not good, yet a connection was accepted.
+	Accepts bool `json:"accepts"`
+}
+
+// Exit is how a process ended.
+type Exit struct {
+	Code      int    `json:"code"`       // -1 when a signal ended it
+	Signal    string `json:"signal"`     // "SIGKILL", or ""
+	OutOfMem  bool   `json:"out_of_mem"` // the kernel or a limit killed it for memory
+	Forgotten bool   `json:"forgotten"`  // the status is not to be had (not our child)
+}
+
+// Exited says that an instance has ended and its group is gone.
+type Exited struct {
+	Instance tako.InstanceID `json:"instance"`
+	Exit     Exit            `json:"exit"`
+	// LastLines are the newest lines of its output, oldest first, at most
+	// MaxLastLines of MaxLastLine bytes.
+	LastLines []string `json:"last_lines"`
+}
+
+// Bounds of Exited.LastLines.
+const (
+	MaxLastLines = 50
+	MaxLastLine  = 1000
+)
