@@ -154,8 +154,10 @@ type Tree struct {
 	// RunDir is instances/<app> in the run directory.
 	RunDir string `json:"run_dir"`
 	// Release is a folder below releases to give to the app's group; "" for none.
-	Release string `json:"release"`
-	User    User   `json:"user"`
+	// While Installing the app's user may write into it.
+	Release    string `json:"release"`
+	Installing bool   `json:"installing"`
+	User       User   `json:"user"`
 }
 
 // TreeMade answers Tree.
