@@ -1,0 +1,117 @@
+// Package takotest helps tests that run the real programs: it builds them once
+// for each test binary, starts servers on free ports with short temporary
+// folders, asks them as an operator and as a visitor, and makes apps that behave
+// or misbehave. A server that a test started is stopped at its end, and the test
+// fails if anything of it still runs.
+package takotest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+)
+
+// Programs are the names of the programs that Build makes.
+var Programs = []string{"tako-master", "tako-proxy", "tako-agent", "takoctl"}
+
+var built struct {
+	once sync.Once
+	dir  string
+	err  error
+}
+
+// Main runs the tests of m and returns the status for os.Exit. It removes what
+// Build made. A package that uses Build calls it from TestMain.
+func Main(m *testing.M) int {
+	code := m.Run()
+	Clean()
+	return code
+}
+
+// Clean removes what Build made; after it nothing can be built any more.
+func Clean() {
+	built.once.Do(func() { built.err = errors.New("nothing can be built after Clean") })
+	if built.dir != "" {
+		_ = os.RemoveAll(built.dir) //nolint:errcheck // a temporary folder; nothing is to be done about it
+	}
+}
+
+// Build builds the programs and testapp, once for each test binary, and returns
+// their folder.
+func Build() (dir string, err error) {
+	built.once.Do(func() { built.dir, built.err = build() })
+	return built.dir, built.err
+}
+
+func build() (string, error) {
+	root, err := Root()
+	if err != nil {
+		return "", err
+	}
+	dir, err := TempDir()
+	if err != nil {
+		return "", err
+	}
+	packages := []string{"./internal/takotest/testapp"}
+	for _, p := range Programs {
+		packages = append(packages, "./cmd/"+p)
+	}
+	// The flags of make build, so that a compiled package is shared with it.
+	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-o", dir + "/"}, packages...)...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return dir, fmt.Errorf("build the programs: %w\n%s", err, out)
+	}
+	return dir, nil
+}
+
+// Root is the root of the repository: the first folder with a go.mod from here
+// upwards.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for {
+		if _, err := os.Stat(filepath.Join(dir, "go.mod")); err == nil {
+			return dir, nil
+		}
+		parent := filepath.Dir(dir)
+		if parent == dir {
+			return "", errors.New("no go.mod above the working directory")
+		}
+		dir = parent
+	}
+}
+
+// TempDir makes a temporary folder with a path short enough for Unix sockets
+// below it, which other users may pass through: started as root, a server's
+// processes are several users. The caller removes it.
+func TempDir() (string, error) {
+	dir, err := os.MkdirTemp("/tmp", "tk")
+	if err != nil {
+		return "", err
+	}
+	return dir, os.Chmod(dir, 0o711)
+}
+
+// FreePorts finds n different TCP ports on the loopback address that nobody
+// listens on now.
+func FreePorts(n int) ([]int, error) {
+	ports := make([]int, n)
+	for i := range ports {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close() // when all are known: they must differ
+		ports[i] = l.Addr().(*net.TCPAddr).Port
+	}
+	return ports, nil
+}
