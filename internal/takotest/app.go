@@ -2,8 +2,10 @@ package takotest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 )
@@ -22,9 +24,7 @@ func WriteApp(dir string, manifest map[string]any, flags ...string) error {
 		return err
 	}
 	m := map[string]any{"runtime": "go", "main": "app", "start": append([]string{"./app"}, flags...)}
-	for key, value := range manifest {
-		m[key] = value
-	}
+	maps.Copy(m, manifest)
 	text, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
 		return err
@@ -45,8 +45,7 @@ func copyProgram(from, to string) error {
 		return err
 	}
 	if _, err := io.Copy(out, in); err != nil {
-		_ = out.Close() //nolint:errcheck // the first error is the one to tell
-		return fmt.Errorf("copy %s: %w", from, err)
+		return errors.Join(fmt.Errorf("copy %s: %w", from, err), out.Close())
 	}
 	return out.Close()
 }

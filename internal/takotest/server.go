@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -155,7 +156,7 @@ func (s *Server) Launch() error {
 		return err
 	}
 	go func(cmd *exec.Cmd, done chan struct{}) {
-		_ = cmd.Wait() //nolint:errcheck // Exit reads the state
+		cmd.Wait() // Exit and Stop read the state
 		close(done)
 	}(s.cmd, s.done)
 	return nil
@@ -259,9 +260,7 @@ type Reply struct {
 // returns the reply's data. An error reply is an error with its text alone.
 func (s *Server) Ask(command string, fields map[string]any) (json.RawMessage, error) {
 	request := map[string]any{"command": command}
-	for name, value := range fields {
-		request[name] = value
-	}
+	maps.Copy(request, fields)
 	line, err := json.Marshal(request)
 	if err != nil {
 		return nil, err
@@ -380,7 +379,7 @@ func (p Process) kill() error {
 	if err != nil {
 		return err
 	}
-	defer func() { _ = handle.Release() }()
+	defer handle.Release()
 	if _, still := belongs(p.PID, p.dir); !still {
 		return nil
 	}

@@ -193,7 +193,7 @@ func end(t *tally, e event, output []string, allowed map[string]bool) {
 	case "skip":
 		t.skipped++
 		root, _, _ := strings.Cut(e.Test, "/")
-		if !allowed[e.Package+" "+root] && !allowed[e.Package] {
+		if !allowed[e.Package] && !allowed[e.Package+" "+root] && !allowed[e.Package+" "+e.Test] {
 			t.unexpected = append(t.unexpected, e.Package+" "+e.Test+": "+reason(output))
 		}
 	}
