@@ -59,7 +59,7 @@ var mayImport = map[string][]string{
 	"internal/paths":      {"internal/tako"},
 	"internal/release":    {"internal/tako", "internal/paths", "internal/atomicfile"},
 	"internal/supervise":  {"internal/ipc", "internal/sandbox", "internal/logging"},
-	"internal/archive":    nil,
+	"internal/archive":    {"internal/tako"},
 	"internal/atomicfile": nil,
 	"internal/sandbox":    nil,
 	"internal/ipc":        nil,
