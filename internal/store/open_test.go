@@ -336,3 +336,31 @@ func TestSchemaChangeIsOneTransactionAfterABackup(t *testing.T) {
 		t.Errorf("the change was recorded as made by %q", by)
 	}
 }
+
+func TestOriginalKilledBeforeItsCheckpointIsTakenOverWhole(t *testing.T) {
+	from, o := filepath.Join(t.TempDir(), "db"), options(t.TempDir())
+	rawSQL(t, from, original...)
+	db, err := dial(from, false)
+	ok(t, err)
+	_, err = db.Exec(`INSERT INTO apps VALUES ('late', 'v1', '/late', '/', '[]', 1, 4, 3000, 60)`)
+	ok(t, err)
+	for _, s := range []string{"", "-wal"} { // as a kill leaves them
+		b, err := os.ReadFile(from + s)
+		ok(t, err)
+		if len(b) == 0 {
+			t.Fatalf("%s is empty", from+s)
+		}
+		ok(t, os.WriteFile(o.Path+s, b, 0o600))
+	}
+	ok(t, db.Close())
+	d, err := Open(t.Context(), o)
+	ok(t, err)
+	defer closeDB(t, d)
+	apps, err := d.Apps(t.Context())
+	if err != nil || len(apps) != 3 || apps[2].ID != "late" {
+		t.Errorf("apps %+v, %v, want late among them", apps, err)
+	}
+	if version, err := inspect(t.Context(), o.Path+".v2-original", 10); version != originalVersion || err != nil {
+		t.Errorf("the kept original: schema %d, %v", version, err)
+	}
+}
