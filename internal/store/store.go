@@ -86,7 +86,7 @@ func (d *DB) read(ctx context.Context, what string, f func(tx *sql.Tx) error) er
 
 func (d *DB) explain(what string, err error) error {
 	if hasCode(err, sqlite3.SQLITE_FULL) {
-		return fmt.Errorf("%s: %w (%w)", what, tako.Errorf(tako.CodeFailed,
+		return fmt.Errorf("%w (%w)", tako.Errorf(tako.CodeFailed,
 			"%s: no room left to write %s; nothing was changed: free some disk space and try again", what, d.o.Path), err)
 	}
 	return fmt.Errorf("%s: %w", what, err)
