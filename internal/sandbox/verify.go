@@ -51,7 +51,9 @@ func checkStatus(id Identity, openBounds bool) error {
 			got[k] = strings.Join(strings.Fields(v), " ")
 		}
 	}
-	four := func(n uint32) string { return strings.TrimSpace(strings.Repeat(strconv.FormatUint(uint64(n), 10)+" ", 4)) }
+	four := func(n uint32) string {
+		return strings.TrimSpace(strings.Repeat(strconv.FormatUint(uint64(n), 10)+" ", 4))
+	}
 	groups := slices.Clone(id.Groups)
 	slices.Sort(groups)
 	set := fmt.Sprintf("%016x", id.keepSet())
