@@ -1,0 +1,196 @@
+package proxy
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"tako/internal/wire"
+)
+
+// SignTime bounds one signature by the master, and SignTries how often it is
+// asked for.
+const (
+	SignTime  = 5 * time.Second
+	SignTries = 2
+)
+
+// certs are the certificates that may be presented. Set and remove are for one
+// goroutine, the rest for any.
+type certs struct {
+	sign func(context.Context, *wire.Sign) ([]byte, error)
+
+	byID  map[string]*certEntry
+	order uint64 // of the last entry
+	index atomic.Pointer[certIndex]
+}
+
+type certEntry struct {
+	order    uint64
+	names    []string
+	fallback bool
+	cert     *tls.Certificate
+}
+
+// certIndex never changes.
+type certIndex struct {
+	exact, wild map[string]*tls.Certificate // wild without the "*."
+	fallback    *tls.Certificate
+}
+
+func newCerts(sign func(context.Context, *wire.Sign) ([]byte, error)) *certs {
+	c := &certs{sign: sign, byID: make(map[string]*certEntry)}
+	c.index.Store(&certIndex{})
+	return c
+}
+
+// set adds a certificate, or replaces the one with the same id.
+func (c *certs) set(m *wire.Certificate) error {
+	if m.ID == "" || len(m.Chain) == 0 {
+		return fmt.Errorf("certificate %q has no id or no chain", m.ID)
+	}
+	leaf, err := x509.ParseCertificate(m.Chain[0])
+	if err != nil {
+		return fmt.Errorf("certificate %q: %w", m.ID, err)
+	}
+	switch leaf.PublicKey.(type) {
+	case *ecdsa.PublicKey, *rsa.PublicKey:
+	default:
+		return fmt.Errorf("certificate %q has a key of type %T, which cannot be asked to sign", m.ID, leaf.PublicKey)
+	}
+	spki := sha256.Sum256(leaf.RawSubjectPublicKeyInfo)
+	c.order++
+	e := &certEntry{order: c.order, fallback: m.Fallback, cert: &tls.Certificate{
+		Certificate: m.Chain, Leaf: leaf,
+		PrivateKey: &remoteKey{public: leaf.PublicKey, spki: spki[:], sign: c.sign},
+	}}
+	for _, name := range m.Names {
+		e.names = append(e.names, strings.ToLower(strings.TrimSuffix(name, ".")))
+	}
+	c.byID[m.ID] = e
+	c.rebuild()
+	return nil
+}
+
+// remove forgets a certificate. An unknown id is no matter.
+func (c *certs) remove(id string) {
+	delete(c.byID, id)
+	c.rebuild()
+}
+
+func (c *certs) rebuild() {
+	all := make([]*certEntry, 0, len(c.byID))
+	for _, e := range c.byID {
+		all = append(all, e)
+	}
+	slices.SortFunc(all, func(a, b *certEntry) int { return int(a.order) - int(b.order) }) // the newest wins
+	index := &certIndex{exact: make(map[string]*tls.Certificate), wild: make(map[string]*tls.Certificate)}
+	for _, e := range all {
+		for _, name := range e.names {
+			if suffix, ok := strings.CutPrefix(name, "*."); ok {
+				index.wild[suffix] = e.cert
+			} else {
+				index.exact[name] = e.cert
+			}
+		}
+		if e.fallback {
+			index.fallback = e.cert
+		}
+	}
+	c.index.Store(index)
+}
+
+// get chooses for a handshake: the exact name, one level of wildcard, the
+// fallback.
+func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	index := c.index.Load()
+	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
+	if cert := index.exact[name]; cert != nil && name != "" {
+		return cert, nil
+	}
+	if _, suffix, ok := strings.Cut(name, "."); ok {
+		if cert := index.wild[suffix]; cert != nil {
+			return cert, nil
+		}
+	}
+	if index.fallback == nil {
+		return nil, fmt.Errorf("no certificate for %q", name)
+	}
+	return index.fallback, nil
+}
+
+// remoteKey is a private key that stays in the master. It can sign and nothing
+// else: there is no decryption, so no key exchange that could need it.
+type remoteKey struct {
+	public crypto.PublicKey
+	spki   []byte
+	sign   func(context.Context, *wire.Sign) ([]byte, error)
+}
+
+func (k *remoteKey) Public() crypto.PublicKey { return k.public }
+
+// Sign asks the master.
+func (k *remoteKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	algorithm := wire.SignRSAPKCS1
+	if _, ok := k.public.(*ecdsa.PublicKey); ok {
+		algorithm = wire.SignECDSA
+	} else if _, ok := opts.(*rsa.PSSOptions); ok {
+		algorithm = wire.SignRSAPSS
+	}
+	var err error
+	for range SignTries {
+		var signature []byte
+		ctx, cancel := context.WithTimeout(context.Background(), SignTime)
+		signature, err = k.sign(ctx, &wire.Sign{Key: k.spki, Algorithm: algorithm, Digest: digest})
+		cancel()
+		if err == nil {
+			return signature, nil
+		}
+		if errors.Is(err, wire.ErrGone) {
+			break
+		}
+	}
+	return nil, fmt.Errorf("sign a handshake: %w", err)
+}
+
+// cipherSuites are those of TLS 1.2 that are offered: forward secret and AEAD.
+// Those of TLS 1.3 all are.
+var cipherSuites = []uint16{
+	tls.TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, tls.TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+	tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+	tls.TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+}
+
+// tlsConfig is for all HTTPS listeners; ticket keys are set on it later.
+func (c *certs) tlsConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS12, CipherSuites: cipherSuites,
+		NextProtos: []string{"h2", "http/1.1"}, GetCertificate: c.get,
+	}
+}
+
+// ticketKeys checks and converts the keys of session tickets.
+func ticketKeys(m *wire.TicketKeys) ([][32]byte, error) {
+	if len(m.Keys) == 0 || len(m.Keys) > wire.MaxTicketKeys {
+		return nil, fmt.Errorf("%d ticket keys, want 1 to %d", len(m.Keys), wire.MaxTicketKeys)
+	}
+	keys := make([][32]byte, len(m.Keys))
+	for i, k := range m.Keys {
+		if len(k) != len(keys[i]) {
+			return nil, fmt.Errorf("a ticket key of %d bytes, want %d", len(k), len(keys[i]))
+		}
+		copy(keys[i][:], k)
+	}
+	return keys, nil
+}

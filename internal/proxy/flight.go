@@ -1,0 +1,125 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"sync"
+)
+
+// errCut is the cause of contexts that a drain ended.
+var errCut = errors.New("the proxy is leaving and the time for requests is over")
+
+// flights are the requests that are on their way, streams apart, so that a drain
+// can wait for them and end them.
+type flights struct {
+	mu       sync.Mutex
+	requests map[*flight]bool
+	streams  map[*flight]bool
+	none     chan struct{} // closed when both are empty, if somebody waits
+}
+
+func newFlights() *flights {
+	return &flights{requests: make(map[*flight]bool), streams: make(map[*flight]bool)}
+}
+
+// flight is one request, from its route to its last byte.
+type flight struct {
+	all    *flights
+	app    *app
+	conn   *clientConn
+	cancel context.CancelCauseFunc
+	// Of the request's own goroutine.
+	inst   *instance // counted on it, or nil
+	stream bool
+}
+
+// begin registers a request. The caller calls end.
+func (f *flights) begin(ctx context.Context, a *app, conn *clientConn) (*flight, context.Context) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	fl := &flight{all: f, app: a, conn: conn, cancel: cancel}
+	a.begin()
+	f.mu.Lock()
+	f.requests[fl] = true
+	f.mu.Unlock()
+	return fl, ctx
+}
+
+// becomeStream says that the request will last: it is counted apart from now on.
+func (fl *flight) becomeStream() {
+	if fl.stream {
+		return
+	}
+	fl.stream = true
+	fl.all.mu.Lock()
+	delete(fl.all.requests, fl)
+	fl.all.streams[fl] = true
+	fl.all.mu.Unlock()
+	fl.conn.streams.Add(1)
+	fl.inst.streams.Add(1)
+	fl.inst.release(fl.app.out)
+}
+
+// leave takes the request off its instance, which did not get it.
+func (fl *flight) leave() {
+	fl.inst.release(fl.app.out)
+	fl.inst = nil
+}
+
+// end is the end of the request.
+func (fl *flight) end() {
+	fl.cancel(nil)
+	if fl.inst != nil {
+		fl.inst.finished.Add(1)
+	}
+	fl.app.end()
+	if fl.stream {
+		fl.conn.streams.Add(-1)
+		fl.inst.streams.Add(-1)
+	} else if fl.inst != nil {
+		fl.inst.release(fl.app.out)
+	}
+	fl.all.mu.Lock()
+	defer fl.all.mu.Unlock()
+	delete(fl.all.requests, fl)
+	delete(fl.all.streams, fl)
+	if fl.all.none != nil && len(fl.all.requests)+len(fl.all.streams) == 0 {
+		close(fl.all.none)
+		fl.all.none = nil
+	}
+}
+
+// count returns how many there are of each kind.
+func (f *flights) count() (requests, streams int) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.requests), len(f.streams)
+}
+
+// cut ends all requests, or all streams, and returns how many they were.
+func (f *flights) cut(streams bool) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	which := f.requests
+	if streams {
+		which = f.streams
+	}
+	for fl := range which {
+		fl.cancel(errCut)
+	}
+	return len(which)
+}
+
+// gone returns a channel that is closed once there is none.
+func (f *flights) gone() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.none == nil {
+		f.none = make(chan struct{})
+	}
+	none := f.none
+	if len(f.requests)+len(f.streams) == 0 {
+		close(f.none)
+		f.none = nil
+	}
+	return none
+}

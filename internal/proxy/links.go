@@ -1,0 +1,108 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+
+	"github.com/hashicorp/go-hclog"
+
+	"tako/internal/ipc"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// link is a socket beside the channel on which the proxy asks and somebody
+// answers. It may be replaced; calls under way then fail with wire.ErrGone.
+type link struct {
+	kind wire.Link
+	log  hclog.Logger
+	wg   sync.WaitGroup
+
+	mu    sync.Mutex
+	conn  *wire.Conn
+	calls *wire.Calls
+}
+
+// open takes over the socket fd, and closes the one before it.
+func (l *link) open(fd ipc.FD) error {
+	ch, err := ipc.Open(fd)
+	if err != nil {
+		return fmt.Errorf("%s: %w", l.kind, err)
+	}
+	conn := wire.NewConn(ch, l.kind, wire.Proxy)
+	calls := wire.NewCalls(conn)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.conn != nil {
+		_ = l.conn.Close()
+	}
+	l.conn, l.calls = conn, calls
+	l.wg.Go(func() {
+		defer calls.End()
+		for {
+			m, err := conn.Receive()
+			if err != nil {
+				if !errors.Is(err, net.ErrClosed) {
+					l.log.Warn("a socket has ended; what it was for does not work until there is another", "link", l.kind, "error", err)
+				}
+				_ = conn.Close()
+				return
+			}
+			calls.Answer(m)
+		}
+	})
+	return nil
+}
+
+// do asks.
+func (l *link) do(ctx context.Context, body any) (wire.Message, error) {
+	l.mu.Lock()
+	calls := l.calls
+	l.mu.Unlock()
+	if calls == nil {
+		return wire.Message{}, wire.ErrGone
+	}
+	return calls.Do(ctx, body)
+}
+
+// close ends the link and waits for its goroutine. It may come twice.
+func (l *link) close() {
+	l.mu.Lock()
+	if l.conn != nil {
+		_ = l.conn.Close()
+	}
+	l.mu.Unlock()
+	l.wg.Wait()
+}
+
+// sign has the master sign a handshake.
+func (l *link) sign(ctx context.Context, s *wire.Sign) ([]byte, error) {
+	m, err := l.do(ctx, s)
+	if err != nil {
+		return nil, err
+	}
+	defer m.Discard()
+	signed, ok := m.Body.(*wire.Signed)
+	if !ok {
+		return nil, fmt.Errorf("a call to sign was answered by %T", m.Body)
+	}
+	return signed.Signature, nil
+}
+
+// dial has the agent connect to an instance.
+func (l *link) dial(ctx context.Context, id tako.InstanceID) (net.Conn, error) {
+	m, err := l.do(ctx, &wire.Dial{Instance: id})
+	if err != nil {
+		return nil, err
+	}
+	defer m.Discard()
+	if len(m.Files) != 1 {
+		return nil, fmt.Errorf("a call to dial was answered by %T with %d descriptors", m.Body, len(m.Files))
+	}
+	fd := m.Files[0]
+	m.Files = nil
+	return connOfFD(fd)
+}
