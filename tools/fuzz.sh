@@ -6,7 +6,8 @@ duration=${1:?usage: fuzz.sh DURATION}
 GO=${GO:-go}
 count=0
 for package in $($GO list ./...); do
-	for target in $($GO test -list '^Fuzz' "$package" | grep '^Fuzz' || true); do
+	listed=$($GO test -list '^Fuzz' "$package") || { echo "$listed"; exit 1; }
+	for target in $(echo "$listed" | grep '^Fuzz' || true); do
 		echo "$package $target"
 		$GO test -run '^$' -fuzz "^$target\$" -fuzztime "$duration" "$package"
 		count=$((count + 1))

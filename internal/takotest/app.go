@@ -11,7 +11,8 @@ import (
 )
 
 // WriteApp makes an app to deploy in dir, which it makes too: testapp with these
-// flags (see its --help), and what manifest adds to or changes in app.json.
+// flags (see its --help), and what manifest adds to or changes in app.json. So
+// that tests are quick, the default of "timeouts" has a short stability window.
 func WriteApp(dir string, manifest map[string]any, flags ...string) error {
 	programs, err := Build()
 	if err != nil {
@@ -23,7 +24,10 @@ func WriteApp(dir string, manifest map[string]any, flags ...string) error {
 	if err := copyProgram(filepath.Join(programs, "testapp"), filepath.Join(dir, "app")); err != nil {
 		return err
 	}
-	m := map[string]any{"runtime": "go", "main": "app", "start": append([]string{"./app"}, flags...)}
+	m := map[string]any{
+		"runtime": "go", "main": "app", "start": append([]string{"./app"}, flags...),
+		"timeouts": map[string]any{"stability": 0.1},
+	}
 	maps.Copy(m, manifest)
 	text, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
