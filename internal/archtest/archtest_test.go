@@ -46,7 +46,7 @@ var mayImport = map[string][]string{
 	// Parts of one role.
 	"internal/proxy/balance":  {"internal/tako", "internal/wire"},
 	"internal/proxy/upstream": {"internal/tako", "internal/wire", "internal/ipc", "internal/proxy/balance"},
-	"internal/agent/launch":   {"internal/tako", "internal/wire", "internal/supervise", "internal/sandbox"},
+	"internal/agent/launch":   {"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox"},
 	"internal/agent/health":   {"internal/tako", "internal/wire"},
 	"internal/store":          {"internal/tako"},
 	"internal/management":     {"internal/tako", "internal/route"},
