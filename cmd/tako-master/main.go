@@ -1,0 +1,62 @@
+// Command tako-master runs a tako server: see package master and --help.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/pflag"
+
+	"tako/internal/logging"
+	"tako/internal/master"
+	"tako/internal/version"
+	"tako/internal/wire"
+)
+
+func main() { os.Exit(run(os.Args[1:])) }
+
+func run(args []string) int {
+	var c master.Config
+	flags := master.NewFlags(&c)
+	flags.Usage = func() { fmt.Fprint(os.Stdout, master.Usage+flags.FlagUsages()) }
+	fail := func(status int, err error) int {
+		fmt.Fprintf(os.Stderr, "tako-master: %v\n", err)
+		return status
+	}
+	err := flags.Parse(args)
+	if errors.Is(err, pflag.ErrHelp) {
+		return wire.ExitDone
+	}
+	if err == nil && flags.NArg() > 0 {
+		err = fmt.Errorf("unexpected argument %q; tako-master --help lists the flags", flags.Arg(0))
+	}
+	if err != nil {
+		return fail(wire.ExitUsage, err)
+	}
+	if c.Version {
+		fmt.Fprintln(os.Stdout, "tako-master", version.String())
+		return wire.ExitDone
+	}
+	if err := errors.Join(master.LoadSettings(flags, &c), c.Validate()); err != nil {
+		return fail(wire.ExitUsage, err)
+	}
+	if c.Check {
+		fmt.Fprintln(os.Stdout, "flags and settings are good")
+		return wire.ExitDone
+	}
+	log, err := logging.New(os.Stderr, "tako-master", c.LogLevel, c.LogFormat)
+	if err != nil {
+		return fail(wire.ExitUsage, err)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	signal.Ignore(syscall.SIGPIPE)
+	if err := master.Run(ctx, c, version.Version, log); err != nil {
+		return fail(wire.ExitFailed, err)
+	}
+	return wire.ExitDone
+}

@@ -1,0 +1,457 @@
+// Package master is tako-master: it owns the settings, the state, the listeners,
+// the certificates' keys and the management socket, and keeps tako-proxy and
+// tako-agent running. It accepts no connection from the network and parses no
+// byte of one.
+//
+// What happens to an app is decided by package rollout and carried out here; what
+// an operator asks arrives through package management as calls of server's
+// methods. Run holds it all together.
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/hashicorp/go-hclog"
+
+	"tako/internal/atomicfile"
+	"tako/internal/cert"
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/management"
+	"tako/internal/paths"
+	"tako/internal/release"
+	"tako/internal/rollout"
+	"tako/internal/route"
+	"tako/internal/sandbox"
+	"tako/internal/store"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// Times of a stop. An idle server is gone well within 10 s.
+const (
+	StopRequests = 30 * time.Second // for requests in flight
+	StopStreams  = 3 * time.Second  // for streams
+)
+
+// restoreParallel is how many apps are looked at on disk at one time when a
+// server starts. How they come up is bounded per app, not over all.
+const restoreParallel = 8
+
+type server struct {
+	s         settled
+	log       hclog.Logger
+	layout    paths.Layout
+	version   string
+	startedAt time.Time
+	db        *store.DB
+	certs     *cert.Keeper
+	tickets   ticketKeys
+	listeners []listener
+	socketGID uint32
+
+	// Users of the children; nil without powers.
+	privileged bool
+	netGroup   uint32
+	proxyID    *sandbox.Identity
+	agentID    *sandbox.Identity
+
+	agentProgram program
+	proxyProgram program
+
+	builds    atomic.Uint64
+	upgrading atomic.Bool
+	stopping  chan struct{} // closed when the server begins to stop
+
+	agentMu    sync.Mutex
+	agent      *link // nil while there is none
+	agentReady sync.Once
+	agentUp    chan struct{}
+	proxies    proxySet
+	proxyReady sync.Once
+	proxyUp    chan struct{}
+
+	mu     sync.Mutex
+	apps   map[tako.AppID]*app
+	claims map[tako.AppID][]route.Pattern // of deploys under way
+}
+
+// Run runs a server until ctx ends, and stops it in order. c has been validated.
+// An error means that it could not start, or that something is left running.
+func Run(ctx context.Context, c Config, version string, log hclog.Logger) (err error) {
+	set, err := c.settle()
+	if err != nil {
+		return err
+	}
+	s := &server{
+		s: set, log: log, layout: set.layout, version: version, startedAt: time.Now(),
+		stopping: make(chan struct{}), agentUp: make(chan struct{}), proxyUp: make(chan struct{}),
+		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
+	}
+	var undo []func()
+	defer func() {
+		for i := len(undo) - 1; i >= 0; i-- {
+			undo[i]()
+		}
+	}()
+
+	if err := s.identities(); err != nil {
+		return err
+	}
+	if err := makeTree(s.layout); err != nil {
+		return err
+	}
+	lock, err := lockRoot(s.layout.Lock())
+	if err != nil {
+		return err
+	}
+	undo = append(undo, func() { _ = lock.Close() })
+	if s.agentProgram, err = openProgram(wire.Agent, set.LibexecDir); err != nil {
+		return err
+	}
+	undo = append(undo, s.agentProgram.fd.Close)
+	if s.proxyProgram, err = openProgram(wire.Proxy, set.LibexecDir); err != nil {
+		return err
+	}
+	undo = append(undo, s.proxyProgram.fd.Close)
+
+	mgmt, unlisten, err := s.openSockets()
+	if err != nil {
+		return err
+	}
+	undo = append(undo, unlisten)
+	if s.db, err = store.Open(ctx, store.Options{
+		Path: s.layout.Database(), BackupDir: s.layout.Backups(), ReservePath: s.layout.Reserve(),
+		Log: log.Named("store"), Version: version,
+	}); err != nil {
+		return err
+	}
+	undo = append(undo, func() {
+		if err := s.db.Close(); err != nil {
+			log.Error("close the database", logging.Err, err)
+		}
+	})
+	s.sweep()
+	if s.certs, err = cert.Open(s.layout.Certs(), time.Now, log.Named("cert")); err != nil {
+		return err
+	}
+	regs, err := s.recall(ctx)
+	if err != nil {
+		return err
+	}
+	log.Info("starting", logging.Version, version, "data", s.layout.Data, "socket", s.layout.Socket,
+		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
+	if !s.s.NoACME {
+		log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
+	}
+	return s.serve(ctx, mgmt, regs)
+}
+
+// openSockets inherits or opens the ports and the management socket.
+func (s *server) openSockets() (mgmt *net.UnixListener, unlisten func(), err error) {
+	ports, inheritedMgmt, err := activated()
+	if err != nil {
+		return nil, nil, err
+	}
+	if gid, ok := groupID(s.s.SocketGroup); ok {
+		s.socketGID = gid
+	}
+	unlisten = func() {
+		for _, l := range s.listeners {
+			l.fd.Close()
+		}
+	}
+	s.listeners = ports
+	if len(ports) == 0 {
+		if s.listeners, err = openListeners(s.s); err != nil {
+			return nil, nil, err
+		}
+	}
+	if inheritedMgmt != 0 {
+		f := inheritedMgmt.File("mgmt")
+		defer f.Close()
+		l, err := net.FileListener(f)
+		if err != nil {
+			unlisten()
+			return nil, nil, fmt.Errorf("inherited management socket: %w", err)
+		}
+		ul, ok := l.(*net.UnixListener)
+		if !ok {
+			unlisten()
+			return nil, nil, fmt.Errorf("inherited management socket: it is a %T, not a Unix socket: mend the socket unit", l)
+		}
+		return ul, unlisten, nil
+	}
+	path := s.layout.PIDSocket(os.Getpid())
+	mgmt, err = management.Listen(path, s.layout.Socket, 0o660, s.socketGID)
+	if err != nil {
+		unlisten()
+		return nil, nil, err
+	}
+	return mgmt, func() {
+		if err := errors.Join(mgmt.Close(), management.Unlisten(path, s.layout.Socket)); err != nil {
+			s.log.Warn("management socket not taken away", logging.Err, err)
+		}
+		unlisten()
+	}, nil
+}
+
+// serve runs the children, the apps and the management socket until ctx ends.
+func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store.App) error {
+	children, leave := context.WithCancel(context.WithoutCancel(ctx))
+	defer leave()
+	var agents, proxies, rest sync.WaitGroup
+	agents.Go(func() { s.keep(children, wire.Agent, s.runAgent) })
+	proxies.Go(func() { s.keep(children, wire.Proxy, s.runProxy) })
+
+	restored := make(chan struct{})
+	rest.Go(func() {
+		defer close(restored)
+		select {
+		case <-s.agentUp:
+		case <-time.After(ReadyTimeout): // they go on trying, each for itself
+		case <-ctx.Done():
+			return
+		}
+		s.restore(ctx, regs)
+	})
+	rest.Go(func() { s.db.BackupLoop(ctx) })
+	rest.Go(func() { s.renewals(ctx) })
+	rest.Go(func() {
+		select {
+		case <-s.proxyUp:
+			s.notify(daemon.SdNotifyReady + "\nSTATUS=serving")
+			s.log.Info("ready")
+		case <-ctx.Done():
+		}
+	})
+	failed := make(chan error, 1)
+	var commands sync.WaitGroup
+	commands.Go(func() {
+		failed <- management.Serve(ctx, management.Config{
+			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
+			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, //nolint:gosec // an id
+		})
+	})
+
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+		err = fmt.Errorf("management socket: %w", err)
+	}
+	s.log.Info("stopping")
+	s.notify(daemon.SdNotifyStopping)
+	close(s.stopping)
+	leave() // nothing is started again
+	commands.Wait()
+	return errors.Join(err, s.leave(&proxies, &agents, &rest))
+}
+
+// leave stops the children in order: the proxies finish what they accepted, then
+// the instances end.
+func (s *server) leave(proxies, agents, rest *sync.WaitGroup) error {
+	for _, l := range s.proxies.all() {
+		s.proxies.sendTo(l, &wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
+	}
+	if !within(StopRequests+5*time.Second, proxies) {
+		for _, l := range s.proxies.all() {
+			s.log.Error("proxy does not leave: killed", logging.PID, l.child.PID)
+			l.kill(errors.New("it did not leave"))
+		}
+		proxies.Wait()
+	}
+	s.agentMu.Lock()
+	agent := s.agent
+	s.agentMu.Unlock()
+	if agent != nil {
+		agent.end(errNoServer)
+	}
+	agents.Wait() // bounded by ChildLeave
+	rest.Wait()
+	for _, a := range s.allApps() {
+		a.timer.Stop()
+	}
+	s.log.Info("stopped")
+	return nil
+}
+
+// within waits for a group at most so long.
+func within(d time.Duration, wg *sync.WaitGroup) bool {
+	done := make(chan struct{})
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-time.After(d):
+		return false
+	}
+}
+
+// sweep removes what writes that were cut off left behind.
+func (s *server) sweep() {
+	dirs := []string{s.layout.Data, s.layout.Certs()}
+	for _, parent := range []string{s.layout.Apps(), s.layout.Certs()} {
+		entries, err := os.ReadDir(parent)
+		if err != nil {
+			continue
+		}
+		for _, e := range entries {
+			if e.IsDir() {
+				dirs = append(dirs, parent+"/"+e.Name())
+			}
+		}
+	}
+	for _, dir := range dirs {
+		if err := atomicfile.RemoveStale(dir, 0); err != nil {
+			s.log.Warn("unfinished files stay", logging.Path, dir, logging.Err, err)
+		}
+	}
+}
+
+// recall reads the committed state and settles what a crash left half done: of a
+// rollout the database says whether it happened.
+func (s *server) recall(ctx context.Context) ([]store.App, error) {
+	regs, err := s.db.Apps(ctx)
+	if err != nil {
+		return nil, err
+	}
+	pending, err := s.db.Pending(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range pending {
+		s.log.Warn("a deploy was cut off by the end of the server: undone", logging.App, string(p.App), logging.Release, string(p.Release))
+		if err := s.db.AbandonRollout(ctx, p.App); err != nil {
+			s.log.Error("undo a deploy", logging.App, string(p.App), logging.Err, err)
+		}
+		if err := os.Remove(s.layout.App(p.App).SecretsNext()); err != nil && !errors.Is(err, os.ErrNotExist) {
+			s.log.Error("undo a deploy", logging.App, string(p.App), logging.Err, err)
+		}
+	}
+	for _, reg := range regs {
+		if err := finishCommit(s.layout.App(reg.ID), reg); err != nil {
+			s.log.Error("finish a deploy", logging.App, string(reg.ID), logging.Err, err)
+		}
+	}
+	mode, lock, err := s.db.Mode(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if mode == tako.ModeUpgrading && lock != nil {
+		s.upgrading.Store(true)
+		s.log.Warn("the server is upgrading: mutating commands are refused", "owner", lock.Owner, "since", lock.AcquiredAt)
+	}
+	// Routes first: from here on a proxy that starts knows them all.
+	for _, reg := range regs {
+		a := s.app(reg.ID)
+		a.mu.Lock()
+		a.reg = reg
+		a.mu.Unlock()
+	}
+	return regs, nil
+}
+
+// restore brings up what was deployed, side by side. A broken app is its own
+// trouble.
+func (s *server) restore(ctx context.Context, regs []store.App) {
+	room := make(chan struct{}, restoreParallel)
+	var wg sync.WaitGroup
+	for _, reg := range regs {
+		room <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-room }()
+			if ctx.Err() != nil {
+				return
+			}
+			a := s.app(reg.ID)
+			a.op <- struct{}{} // no command before it is back
+			defer a.endOp()
+			if err := a.restore(ctx, reg); err != nil {
+				a.log.Error("app not restored: its routes answer 503", logging.Err, err)
+				a.mu.Lock()
+				a.broken = "Restore startup failed: " + err.Error()
+				a.publish()
+				a.mu.Unlock()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// restore starts one app as it was committed.
+func (a *app) restore(ctx context.Context, reg store.App) error {
+	if err := a.srv.prepareApp(ctx, a); err != nil {
+		return err
+	}
+	if err := a.tree(ctx, nil, false); err != nil {
+		return err
+	}
+	secrets, err := release.ReadSecrets(a.layout.Secrets())
+	if err != nil {
+		return err
+	}
+	b, err := a.loadBuild(reg.Release, reg.Path, secrets, reg.Routes)
+	if err != nil {
+		return err
+	}
+	a.srv.ensureCertificates(reg.Routes)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.builds[b.number] = b
+	a.stepLocked(rollout.Restore{Plan: b.plan(reg.Instances, reg.IdleTimeout), Stopped: reg.Stopped})
+	return nil
+}
+
+// renewals looks after certificates and ticket keys.
+func (s *server) renewals(ctx context.Context) {
+	certs := time.NewTicker(time.Duration(s.s.RenewalHours) * time.Hour) //nolint:gosec // bounded by Validate
+	defer certs.Stop()
+	tickets := time.NewTicker(TicketsRotate)
+	defer tickets.Stop()
+	for {
+		for _, c := range s.certs.Renew() {
+			s.log.Info("certificate renewed", "certificate", c.ID)
+			s.proxies.send(certMessage(c))
+		}
+		select {
+		case <-certs.C:
+		case <-tickets.C:
+			s.proxies.send(&wire.TicketKeys{Keys: s.tickets.rotate()})
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (s *server) nextBuild() rollout.Build { return rollout.Build(s.builds.Add(1)) }
+
+func (s *server) httpPort() uint16  { return portOf(s.listeners, wire.ListenerHTTP) }
+func (s *server) httpsPort() uint16 { return portOf(s.listeners, wire.ListenerHTTPS) }
+
+// notify tells systemd, if it started us.
+func (s *server) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.log.Warn("systemd not told", logging.Err, err)
+	}
+}
+
+// pairFDs makes a connected pair of sockets for two other processes.
+func pairFDs() (a, b ipc.FD, err error) {
+	fds, err := socketpair()
+	if err != nil {
+		return 0, 0, fmt.Errorf("make a socket pair: %w", err)
+	}
+	return ipc.FD(fds[0]), ipc.FD(fds[1]), nil
+}

@@ -1,0 +1,317 @@
+package master
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"tako/internal/cert"
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/rollout"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// A proxyLink is one generation of tako-proxy.
+type proxyLink struct {
+	*link
+	// guarded by proxySet.mu
+	traffic map[tako.AppID]wire.AppTraffic
+	quiet   map[tako.InstanceID]int // draining upstreams without a request, and their streams
+}
+
+// proxySet is every living proxy: the serving one, and old ones that drain.
+type proxySet struct {
+	mu    sync.Mutex
+	links []*proxyLink
+}
+
+// send sends a message to every proxy. One that cannot take it is replaced.
+func (p *proxySet) send(body any) {
+	for _, l := range p.all() {
+		p.sendTo(l, body)
+	}
+}
+
+func (p *proxySet) sendTo(l *proxyLink, body any, files ...ipc.FD) {
+	if err := l.conn.Send(0, body, files...); err != nil {
+		select {
+		case <-l.ended:
+		default:
+			l.log.Error("proxy takes no messages: replaced", logging.Err, err)
+			l.kill(err)
+		}
+	}
+}
+
+func (p *proxySet) all() []*proxyLink {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return append([]*proxyLink(nil), p.links...)
+}
+
+func (p *proxySet) add(l *proxyLink) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.links = append(p.links, l)
+}
+
+func (p *proxySet) remove(l *proxyLink) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i, x := range p.links {
+		if x == l {
+			p.links = append(p.links[:i], p.links[i+1:]...)
+			return
+		}
+	}
+}
+
+// redial gives every proxy a dialling socket to the agent that serves now.
+func (p *proxySet) redial(s *server) {
+	for _, l := range p.all() {
+		s.giveDialer(l)
+	}
+}
+
+// giveDialer connects a proxy with the agent, if there is one.
+func (s *server) giveDialer(l *proxyLink) {
+	ours, theirs, err := pairFDs()
+	if err != nil {
+		s.log.Error("no dialling socket", logging.Err, err)
+		return
+	}
+	defer ours.Close()
+	defer theirs.Close()
+	if err := s.agentSend(&wire.DialerSocket{}, ours); err != nil {
+		return // the next agent gets one
+	}
+	s.proxies.sendTo(l, &wire.Dialer{}, theirs)
+}
+
+// runProxy runs one proxy to its end.
+func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Time, err error) {
+	raw, err := s.startLink(s.proxyProgram, wire.LinkProxy, generation, s.proxyIdentity())
+	if err != nil {
+		return ready, err
+	}
+	l := &proxyLink{link: raw, traffic: make(map[tako.AppID]wire.AppTraffic), quiet: make(map[tako.InstanceID]int)}
+	late := time.AfterFunc(ReadyTimeout, func() {
+		if !l.ready.Load() {
+			l.kill(errors.New("not ready in time"))
+		}
+	})
+	defer late.Stop()
+	go func() {
+		if err := s.configureProxy(ctx, l); err != nil {
+			l.kill(err)
+		}
+	}()
+	go l.beat(ctx)
+	l.receive(func() {
+		ready = time.Now()
+		s.log.Info("tako-proxy is ready", "pid", l.child.PID, "generation", generation)
+		s.proxyReady.Do(func() { close(s.proxyUp) })
+	}, func(m wire.Message) { s.fromProxy(l, m) })
+	s.proxies.remove(l)
+	select {
+	case <-ctx.Done():
+	default:
+		_ = l.child.Kill()
+	}
+	<-l.child.Done()
+	s.proxyGone(l)
+	return ready, l.why
+}
+
+// configureProxy brings a new proxy to the point where it serves.
+func (s *server) configureProxy(ctx context.Context, l *proxyLink) error {
+	names, fds := make([]string, 0, len(s.listeners)), make([]ipc.FD, 0, len(s.listeners))
+	for _, x := range s.listeners {
+		names, fds = append(names, x.name), append(fds, x.fd)
+	}
+	if err := l.conn.Send(0, &wire.Listeners{Names: names}, fds...); err != nil {
+		return err
+	}
+	signer, theirs, err := ipc.Pair()
+	if err != nil {
+		return err
+	}
+	err = l.conn.Send(0, &wire.Signer{}, theirs)
+	theirs.Close()
+	if err != nil {
+		return errors.Join(err, signer.Close())
+	}
+	go s.serveSigner(signer, l)
+	s.giveDialer(l)
+	if err := l.conn.Send(0, &wire.ProxySettings{HTTPSPort: s.httpsPort(), TrustedProxies: s.s.trusted}); err != nil {
+		return err
+	}
+	if err := l.conn.Send(0, &wire.TicketKeys{Keys: s.tickets.current()}); err != nil {
+		return err
+	}
+	// From here on it is told every change; what it is told twice is the same.
+	s.proxies.add(l)
+	for _, c := range s.certs.All() {
+		if err := l.conn.Send(0, certMessage(c)); err != nil {
+			return err
+		}
+	}
+	for _, a := range s.allApps() {
+		a.mu.Lock()
+		msg := a.message()
+		if msg != nil {
+			err = l.conn.Send(0, msg)
+		}
+		a.mu.Unlock()
+		if err != nil {
+			return err
+		}
+	}
+	return l.conn.Send(0, &wire.Serve{})
+}
+
+func certMessage(c cert.Certificate) *wire.Certificate {
+	return &wire.Certificate{ID: c.ID, Names: c.Names, Chain: c.Chain, Fallback: c.Fallback}
+}
+
+// fromProxy takes a proxy's message.
+func (s *server) fromProxy(l *proxyLink, m wire.Message) {
+	defer m.Discard()
+	switch b := m.Body.(type) {
+	case *wire.Applied:
+	case *wire.Wake:
+		if a := s.lookup(b.App); a != nil {
+			a.step(rollout.Wake{})
+		}
+	case *wire.Unreachable:
+		if a := s.lookup(b.Instance.App); a != nil {
+			a.step(rollout.Unreachable{N: b.Instance.N})
+		}
+	case *wire.Quiet:
+		s.proxies.mu.Lock()
+		l.quiet[b.Instance] = b.Streams
+		s.proxies.mu.Unlock()
+		s.checkQuiet(b.Instance)
+	case *wire.Traffic:
+		for _, t := range b.Apps {
+			s.traffic(l, t)
+		}
+	case *wire.Drained:
+		if b.Cut > 0 {
+			l.log.Warn("proxy left with requests or streams unfinished", "cut", b.Cut)
+		}
+		l.setState("drained")
+	}
+}
+
+// checkQuiet tells an app when no proxy has a request in flight to one of its
+// draining instances.
+func (s *server) checkQuiet(id tako.InstanceID) {
+	s.proxies.mu.Lock()
+	streams := 0
+	for _, l := range s.proxies.links {
+		n, ok := l.quiet[id]
+		if !ok {
+			s.proxies.mu.Unlock()
+			return
+		}
+		streams += n
+	}
+	s.proxies.mu.Unlock()
+	if a := s.lookup(id.App); a != nil {
+		a.step(rollout.Quiet{N: id.N, Streams: streams})
+	}
+}
+
+// traffic takes one app's counters from one proxy.
+func (s *server) traffic(l *proxyLink, t wire.AppTraffic) {
+	a := s.lookup(t.App)
+	if a == nil {
+		return
+	}
+	s.proxies.mu.Lock()
+	l.traffic[t.App] = t
+	var quiet []tako.InstanceID
+	for _, in := range t.Instances {
+		if _, ok := l.quiet[in.Instance]; ok && l.quiet[in.Instance] != in.Streams {
+			l.quiet[in.Instance] = in.Streams
+			quiet = append(quiet, in.Instance)
+		}
+	}
+	fact := rollout.Traffic{IdleFor: -1}
+	for _, x := range s.proxies.links {
+		xt, ok := x.traffic[t.App]
+		if !ok {
+			continue
+		}
+		if xt.Waiting > 0 {
+			fact.Busy = true
+		}
+		for _, in := range xt.Instances {
+			if in.InFlight > 0 || in.Streams > 0 {
+				fact.Busy = true
+			}
+		}
+		if idle := time.Duration(xt.IdleMS) * time.Millisecond; fact.IdleFor < 0 || idle < fact.IdleFor {
+			fact.IdleFor = idle
+		}
+	}
+	s.proxies.mu.Unlock()
+	fact.IdleFor = max(fact.IdleFor, 0)
+	a.step(fact)
+	for _, id := range quiet {
+		s.checkQuiet(id)
+	}
+}
+
+// proxyGone settles what a proxy left: nothing is in flight in it any more.
+func (s *server) proxyGone(l *proxyLink) {
+	for _, a := range s.allApps() {
+		var requests map[uint32]uint64
+		s.proxies.mu.Lock()
+		if t, ok := l.traffic[a.id]; ok {
+			requests = make(map[uint32]uint64, len(t.Instances))
+			for _, in := range t.Instances {
+				requests[in.Instance.N] = in.Requests
+			}
+		}
+		s.proxies.mu.Unlock()
+		a.mu.Lock()
+		for n, count := range requests {
+			if p := a.procs[n]; p != nil {
+				p.requests += count
+			}
+		}
+		var draining []uint32
+		for _, in := range a.core.View(time.Now()).All {
+			if in.Draining {
+				draining = append(draining, in.N)
+			}
+		}
+		a.mu.Unlock()
+		if requests != nil {
+			a.step(rollout.Traffic{}) // not busy, as far as this proxy goes
+		}
+		for _, n := range draining {
+			s.checkQuiet(a.instance(n))
+		}
+	}
+}
+
+// requestsOf returns what the living proxies count for an instance.
+func (p *proxySet) requestsOf(id tako.InstanceID) (requests uint64, inFlight int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.links {
+		for _, in := range l.traffic[id.App].Instances {
+			if in.Instance == id {
+				requests += in.Requests
+				inFlight += in.InFlight + in.Streams
+			}
+		}
+	}
+	return requests, inFlight
+}

@@ -1,0 +1,99 @@
+package master
+
+import (
+	"crypto/rand"
+	"runtime"
+	"sync"
+	"time"
+
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// MaxSigning bounds how many signatures of one proxy are in work or wait; more
+// are refused, and those handshakes fail.
+const MaxSigning = 512
+
+// serveSigner answers a proxy's requests for signatures until its socket ends.
+func (s *server) serveSigner(ch *ipc.Channel, l *proxyLink) {
+	conn := wire.NewConn(ch, wire.LinkSigning, wire.Master)
+	defer conn.Close()
+	go func() {
+		<-l.ended
+		_ = conn.Close() // it has left: nothing more to sign
+	}()
+	cores := make(chan struct{}, runtime.GOMAXPROCS(0))
+	room := make(chan struct{}, MaxSigning)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		m, err := conn.Receive()
+		if err != nil {
+			select {
+			case <-l.ended:
+			default:
+				l.kill(err) // without signatures it is of no use
+			}
+			return
+		}
+		req, ok := m.Body.(*wire.Sign)
+		if !ok {
+			m.Discard()
+			continue
+		}
+		select {
+		case room <- struct{}{}:
+		default:
+			_ = conn.ReplyError(m.ID, tako.Errorf(tako.CodeBusy, "more than %d signatures at one time", MaxSigning))
+			continue
+		}
+		wg.Go(func() {
+			defer func() { <-room }()
+			cores <- struct{}{}
+			sig, err := s.certs.Sign(req.Key, string(req.Algorithm), req.Digest)
+			<-cores
+			if err != nil {
+				l.log.Warn("signature refused", logging.Err, err)
+				_ = conn.ReplyError(m.ID, err)
+				return
+			}
+			_ = conn.Reply(m.ID, &wire.Signed{Signature: sig})
+		})
+	}
+}
+
+// TicketsRotate is how often a new session ticket key comes into use. Three old
+// ones are still understood.
+const TicketsRotate = 12 * time.Hour
+
+// ticketKeys are the keys that every proxy seals TLS session tickets with. They
+// live in memory only: after a restart of the master sessions begin anew.
+type ticketKeys struct {
+	mu   sync.Mutex
+	keys [][]byte
+}
+
+func (t *ticketKeys) current() [][]byte {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.keys) == 0 {
+		t.keys = [][]byte{newTicketKey()}
+	}
+	return append([][]byte(nil), t.keys...)
+}
+
+func (t *ticketKeys) rotate() [][]byte {
+	t.mu.Lock()
+	t.keys = append([][]byte{newTicketKey()}, t.keys...)
+	t.keys = t.keys[:min(len(t.keys), wire.MaxTicketKeys)]
+	t.mu.Unlock()
+	return t.current()
+}
+
+func newTicketKey() []byte {
+	key := make([]byte, 32)
+	_, _ = rand.Read(key) // never fails: crypto/rand ends the program instead
+	return key
+}
