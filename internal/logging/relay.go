@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -34,7 +35,12 @@ func Relay(ctx context.Context, r io.Reader, log hclog.Logger, role string) {
 	if d, ok := r.(interface{ SetReadDeadline(t time.Time) error }); ok {
 		defer context.AfterFunc(ctx, func() { _ = d.SetReadDeadline(time.Unix(1, 0)) })()
 	}
-	re := relay{log: log.ResetNamed(role), role: role}
+	re := relay{log: log.ResetNamed(role), role: role, ours: make(map[string]bool)}
+	for i, implied := 0, log.ImpliedArgs(); i+1 < len(implied); i += 2 {
+		if k, ok := implied[i].(string); ok {
+			re.ours[k] = true
+		}
+	}
 	in := bufio.NewReaderSize(r, MaxLine)
 	for {
 		line, err := in.ReadSlice('\n')
@@ -55,7 +61,8 @@ func Relay(ctx context.Context, r io.Reader, log hclog.Logger, role string) {
 type relay struct {
 	log   hclog.Logger
 	role  string
-	trace []byte // lines of a panic that still goes on
+	ours  map[string]bool // keys of log's own pairs, not the child's to use
+	trace []byte          // lines of a panic that still goes on
 }
 
 // traceStarts begin the lines that the Go runtime writes when it ends a program.
@@ -117,16 +124,12 @@ func (re *relay) emit(e entry) {
 	if sub, ok := strings.CutPrefix(e.module, re.role+"."); ok {
 		log = log.Named(clean(sub, MaxName))
 	}
-	var keys []string
-	for k := range e.pairs {
-		if !strings.HasPrefix(k, "@") {
-			keys = append(keys, k)
-		}
-	}
-	slices.Sort(keys)
-	args := make([]any, 0, 2*len(keys))
-	for _, k := range keys {
+	args := make([]any, 0, 2*len(e.pairs))
+	for _, k := range slices.Sorted(maps.Keys(e.pairs)) {
 		v := e.pairs[k]
+		if k = cleanKey(k); k[0] == '@' || re.ours[k] {
+			continue
+		}
 		switch v.(type) {
 		case map[string]any, []any:
 			b, err := json.Marshal(v)
@@ -135,7 +138,7 @@ func (re *relay) emit(e entry) {
 			}
 			v = string(b)
 		}
-		args = append(args, cleanKey(k), v)
+		args = append(args, k, v)
 	}
 	log.Log(e.level, clean(e.msg, MaxLine), args...)
 }
