@@ -131,8 +131,10 @@ func say(format string, args ...any) { fmt.Printf("demo: "+format+"\n", args...)
 
 // invite prints what a person can do with the running demo.
 func invite(s settings, srv *server) {
-	ctl := filepath.Join(s.bin, "takoctl") + " --socket " + srv.socket
-	src := filepath.Join(srv.dir, "src", "hello")
+	ctl := filepath.Join(s.bin, "takoctl")
+	if abs, err := filepath.Abs(ctl); err == nil {
+		ctl = abs
+	}
 	fmt.Printf(`
 Two apps are up. Ask them (-k, since the certificates are self-signed):
 
@@ -141,19 +143,20 @@ Two apps are up. Ask them (-k, since the certificates are self-signed):
   curl -i http://hello.localhost:%[1]d/           a redirect to HTTPS
   curl -kN https://hello.localhost:%[2]d/stream   server-sent events
 
-Look at them:
+In another terminal:
 
+  export TAKO_SOCKET=%[5]s
   %[3]s status hello
-  %[3]s logs -f --app hello
+  %[3]s logs hello -f
 
 Try next:
 
   a rollout     edit the greeting in %[4]s/main.go, then
-                (cd %[4]s && CGO_ENABLED=0 go build -o app .) && %[3]s deploy %[4]s --app hello --route hello.localhost
-  a crash       kill -9 an instance of counter, with a pid that '%[3]s status counter' shows, and ask again
+                cd %[4]s && CGO_ENABLED=0 go build -o app . && %[3]s deploy . --app hello --route hello.localhost
+  a crash       kill -9 an instance of counter, by a pid that '%[3]s status counter' shows, and ask again
 
-Ctrl-C stops everything and removes %[5]s.
-`, s.http, s.https, ctl, src, srv.dir)
+Ctrl-C stops everything and removes %[6]s.
+`, s.http, s.https, ctl, filepath.Join(srv.dir, "src", "hello"), srv.socket, srv.dir)
 }
 
 // portsFree says which port is taken before anything is started.
