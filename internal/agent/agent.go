@@ -1,0 +1,291 @@
+// Package agent is tako-agent: it makes the folders of apps, unpacks releases,
+// runs their steps, starts their instances, probes them, connects to those on
+// TCP, and stops them, all as the master says and as far as its table of
+// messages goes. It decides nothing: each outcome is reported, and what follows
+// is the master's to say.
+//
+// It promises that one app delays no other, that an instance's end is reported
+// once and last, and that nothing it started outlives it unless it is killed
+// itself: when the channel closes, all instances are stopped.
+//
+// One goroutine owns the instances. What takes time runs in others, bounded in
+// number, and comes back to it as an event.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+
+	"tako/internal/agent/launch"
+	"tako/internal/ipc"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// The limits of an agent.
+const (
+	MaxInstances = 2000 // at once; a further Start fails
+	MaxCalls     = 64   // Tree, Unpack and Run at once; a further one is answered busy
+	MaxDialers   = 16   // dialling sockets at once, one per proxy generation
+	MaxDials     = 256  // dials at once on each of them
+
+	// HelloTimeout bounds the set-up of the channel.
+	HelloTimeout = 10 * time.Second
+	// LeaveTimeout bounds the end: LeaveGrace after SIGTERM comes SIGKILL.
+	LeaveTimeout = 8 * time.Second
+	LeaveGrace   = 5 * time.Second
+
+	maxCommand = 4096 // words of a command, and variables of its environment
+)
+
+// Config is what tako-agent begins with. Everything else comes over the channel.
+type Config struct {
+	// Channel is the agent's end; Run owns it.
+	Channel *ipc.Channel
+	// Version is of the build, for the greeting.
+	Version string
+}
+
+// Run serves the channel until it ends or ctx does, stops every instance, and
+// returns after every goroutine it started. The error is nil if ctx ended, and
+// wraps io.EOF if the master went away and ipc.ErrProtocol if it broke the rules.
+// A process can run one agent at a time.
+func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
+	a := &agent{
+		conn:      wire.NewConn(cfg.Channel, wire.LinkAgent, wire.Agent),
+		log:       log,
+		instances: make(map[tako.InstanceID]*instance),
+		logs:      make(map[string]*sharedLog),
+		events:    make(chan any, 64),
+		calls:     make(chan struct{}, MaxCalls),
+		dialers:   make(chan struct{}, MaxDialers),
+	}
+	defer a.conn.Close() //nolint:errcheck // the master has gone or will see it
+	if err := launch.Subreaper(); err != nil {
+		return err
+	}
+	if err := a.greet(ctx, cfg.Version); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+
+	var all sync.WaitGroup
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	a.work, a.all = work, &all
+	all.Go(func() { launch.Reap(work) })
+	received := make(chan wire.Message)
+	var lost error // of the receiver; read after received is closed
+	all.Go(func() {
+		defer close(received)
+		for {
+			m, err := a.conn.Receive()
+			if err != nil {
+				lost = err
+				return
+			}
+			select {
+			case received <- m:
+			case <-work.Done():
+				m.Discard()
+				return
+			}
+		}
+	})
+
+	err := a.serve(ctx, received, &lost)
+	cancel() // every instance is asked to stop, every call given up
+	_ = a.conn.Close()
+	for m := range received {
+		m.Discard()
+	}
+	left := make(chan struct{})
+	go func() { all.Wait(); close(left) }()
+	select {
+	case <-left:
+	case <-time.After(LeaveTimeout): // killed, yet in the kernel's hands
+		return errors.Join(err, fmt.Errorf("instances did not end within %s", LeaveTimeout))
+	}
+	for _, l := range a.logs {
+		l.Close()
+	}
+	return err
+}
+
+// agent is the state of Run. Only the goroutine of Run touches it, except for
+// the parts that say otherwise.
+type agent struct {
+	conn     *wire.Conn // any goroutine sends
+	log      hclog.Logger
+	settings wire.AgentSettings // written once, before the others start
+
+	instances map[tako.InstanceID]*instance
+	logs      map[string]*sharedLog // by folder
+	dialable  dialable              // any goroutine reads
+	trees     sync.Mutex            // held over one Tree: two would open the same folders
+
+	events  chan any // see send
+	calls   chan struct{}
+	dialers chan struct{}
+	work    context.Context // ends when Run does
+	all     *sync.WaitGroup
+}
+
+// greet exchanges Hello and takes the settings.
+func (a *agent) greet(ctx context.Context, version string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, HelloTimeout, fmt.Errorf("no greeting within %s", HelloTimeout))
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = a.conn.Close() })()
+	next := func() (wire.Message, error) {
+		m, err := a.conn.Receive()
+		if cause := context.Cause(ctx); err != nil && cause != nil {
+			err = cause
+		}
+		return m, err
+	}
+	m, err := next()
+	if err != nil {
+		return fmt.Errorf("greet tako-master: %w", err)
+	}
+	hello, ok := m.Body.(*wire.Hello)
+	switch {
+	case !ok:
+		return fmt.Errorf("%w: %T before the greeting", ipc.ErrProtocol, m.Body)
+	case hello.Protocol != wire.ProtocolVersion:
+		return fmt.Errorf("%w: tako-master %s speaks protocol %d, tako-agent %s speaks %d: install programs of one release", ipc.ErrProtocol, hello.Version, hello.Protocol, version, wire.ProtocolVersion)
+	}
+	if err := a.conn.Send(0, &wire.Hello{Protocol: wire.ProtocolVersion, Version: version, Generation: hello.Generation, PID: os.Getpid()}); err != nil {
+		return fmt.Errorf("greet tako-master: %w", err)
+	}
+	for {
+		if m, err = next(); err != nil {
+			return fmt.Errorf("wait for the settings: %w", err)
+		}
+		switch body := m.Body.(type) {
+		case *wire.Ping:
+			err = a.conn.Reply(m.ID, &wire.Pong{})
+		case *wire.AgentSettings:
+			a.settings = *body
+			if err := a.conn.Send(0, &wire.Ready{}); err != nil {
+				return fmt.Errorf("say that we are ready: %w", err)
+			}
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("answer a heartbeat: %w", err)
+		}
+	}
+}
+
+// serve is the loop: messages of the master and events of our own, one at a time.
+func (a *agent) serve(ctx context.Context, received <-chan wire.Message, lost *error) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case m, ok := <-received:
+			if !ok {
+				return fmt.Errorf("channel to tako-master: %w", *lost)
+			}
+			err := a.message(&m)
+			m.Discard()
+			if err != nil {
+				return err
+			}
+		case e := <-a.events:
+			if err := a.event(e); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// message acts on one message. Descriptors that it keeps it takes out of m.
+func (a *agent) message(m *wire.Message) error {
+	switch body := m.Body.(type) {
+	case *wire.Ping:
+		return a.conn.Reply(m.ID, &wire.Pong{})
+	case *wire.Start:
+		return a.start(body)
+	case *wire.Stop:
+		a.stop(body)
+		return nil
+	case *wire.DialerSocket:
+		return a.addDialer(m)
+	case *wire.Tree, *wire.Run, *wire.Unpack:
+		if m.ID == 0 {
+			return fmt.Errorf("%w: %T without an id", ipc.ErrProtocol, body)
+		}
+		select {
+		case a.calls <- struct{}{}:
+			return a.call(m)
+		default:
+			return a.conn.ReplyError(m.ID, tako.Errorf(tako.CodeBusy, "%d steps of deploys are under way: try again in a moment", MaxCalls))
+		}
+	}
+	return fmt.Errorf("%w: %T", ipc.ErrProtocol, m.Body)
+}
+
+// call carries out a call in a goroutine and answers it. It has a place in
+// a.calls, which it gives back.
+func (a *agent) call(m *wire.Message) error {
+	var do func() (any, error)
+	switch body := m.Body.(type) {
+	case *wire.Tree:
+		if err := a.checkTree(body); err != nil {
+			return err
+		}
+		do = func() (any, error) { return &wire.TreeMade{}, a.makeTree(body) }
+	case *wire.Unpack:
+		if err := a.checkUnpack(body); err != nil {
+			return err
+		}
+		archive := m.Files[0]
+		m.Files = nil
+		do = func() (any, error) {
+			defer archive.Close()
+			return a.unpack(body, archive)
+		}
+	case *wire.Run:
+		if err := a.checkRun(body); err != nil {
+			return err
+		}
+		log := a.takeLog(body.LogDir, body.LogBytes, body.LogFiles, body.Command.User.GID)
+		do = func() (any, error) {
+			defer a.send(logGone{log})
+			return a.runCommand(body, log.Log)
+		}
+	}
+	id := m.ID
+	a.all.Go(func() {
+		body, err := do()
+		<-a.calls
+		if err != nil {
+			err = a.conn.ReplyError(id, err)
+		} else {
+			err = a.conn.Reply(id, body)
+		}
+		if err != nil {
+			a.send(sendFailed{err})
+		}
+	})
+	return nil
+}
+
+// send hands an event to the loop. It reports whether the loop takes it: not
+// once Run is leaving.
+func (a *agent) send(e any) bool {
+	select {
+	case a.events <- e:
+		return true
+	case <-a.work.Done():
+		return false
+	}
+}

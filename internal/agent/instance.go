@@ -1,0 +1,269 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"tako/internal/agent/health"
+	"tako/internal/agent/launch"
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// An instance is known from its Start to its StartFailed or Exited.
+type instance struct {
+	spec    *wire.Start
+	log     *sharedLog
+	process *launch.Process // nil until it runs
+	stopAt  time.Time       // set by a Stop that came before that
+}
+
+// The events that come to the loop.
+type (
+	startFailed struct {
+		id  tako.InstanceID
+		err error
+	}
+	started struct {
+		id      tako.InstanceID
+		process *launch.Process
+		files   [3]ipc.FD // the loop closes them
+	}
+	probed     struct{ wire.Probed }
+	exited     struct{ id tako.InstanceID }
+	logGone    struct{ log *sharedLog } // one user fewer
+	sendFailed struct{ err error }
+)
+
+// sharedLog is an app's log with the number of its users.
+type sharedLog struct {
+	*launch.Log
+	dir   string
+	users int
+}
+
+func (a *agent) takeLog(dir string, bytes int64, files int, gid uint32) *sharedLog {
+	l := a.logs[dir]
+	if l == nil {
+		l = &sharedLog{Log: launch.NewLog(dir, gid, bytes, files), dir: dir}
+		a.logs[dir] = l
+	} else {
+		l.Resize(bytes, files)
+	}
+	l.users++
+	return l
+}
+
+func (a *agent) dropLog(l *sharedLog) {
+	if l.users--; l.users == 0 {
+		l.Close()
+		delete(a.logs, l.dir)
+	}
+}
+
+// start begins an instance. A message that no correct master sends is an error.
+func (a *agent) start(m *wire.Start) error {
+	t := a.target(m)
+	if err := a.checkStart(m, &t); err != nil {
+		return fmt.Errorf("%w: start %s: %w", ipc.ErrProtocol, m.Instance, err)
+	}
+	if len(a.instances) >= MaxInstances {
+		return a.conn.Send(0, &wire.StartFailed{Instance: m.Instance, Reason: fmt.Sprintf("%d instances are running, the limit: stop some first", MaxInstances)})
+	}
+	inst := &instance{spec: m, log: a.takeLog(m.LogDir, m.LogBytes, m.LogFiles, m.Command.User.GID)}
+	a.instances[m.Instance] = inst
+	a.all.Go(func() { a.live(t, m, inst.log.Log) })
+	return nil
+}
+
+func (a *agent) target(m *wire.Start) health.Target {
+	return health.Target{
+		Instance: m.Instance, Probe: m.Probe, Socket: m.Socket, Port: m.Port, UID: m.Command.User.UID,
+		ReadyWithin: time.Duration(m.ReadyMS) * time.Millisecond,
+	}
+}
+
+func (a *agent) checkStart(m *wire.Start, t *health.Target) error {
+	switch {
+	case m.Instance.N == 0:
+		return fmt.Errorf("it has no number")
+	case a.instances[m.Instance] != nil:
+		return fmt.Errorf("it is there already")
+	case m.Port != 0 && (m.Port < a.settings.PortMin || m.Port > a.settings.PortMax):
+		return fmt.Errorf("port %d is not from %d to %d", m.Port, a.settings.PortMin, a.settings.PortMax)
+	case m.Socket != "" && !clean(m.Socket):
+		return fmt.Errorf("socket %q", m.Socket)
+	case m.ReadyMS < 0:
+		return fmt.Errorf("%d ms to get ready", m.ReadyMS)
+	}
+	if err := t.Check(); err != nil {
+		return err
+	}
+	return checkCommand(&m.Command, m.LogDir)
+}
+
+func checkCommand(c *wire.Command, logDir string) error {
+	switch {
+	case !clean(c.Dir):
+		return fmt.Errorf("folder %q", c.Dir)
+	case !clean(logDir):
+		return fmt.Errorf("log folder %q", logDir)
+	case len(c.Argv) == 0 || c.Argv[0] == "":
+		return fmt.Errorf("no command")
+	case len(c.Argv) > maxCommand || len(c.Env) > maxCommand:
+		return fmt.Errorf("%d words and %d variables, the limit is %d", len(c.Argv), len(c.Env), maxCommand)
+	}
+	for _, list := range [][]string{c.Argv, c.Env} {
+		for _, s := range list {
+			if strings.IndexByte(s, 0) >= 0 {
+				return fmt.Errorf("a NUL in the command or its environment")
+			}
+		}
+	}
+	return nil
+}
+
+// clean reports whether p is an absolute path in its shortest form.
+func clean(p string) bool {
+	return filepath.IsAbs(p) && filepath.Clean(p) == p && strings.IndexByte(p, 0) < 0
+}
+
+// live is the life of one instance, in a goroutine of its own.
+func (a *agent) live(t health.Target, m *wire.Start, log *launch.Log) {
+	p, files, err := launch.Start(a.work, launch.Config{
+		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID,
+		Log: log, Instance: m.Instance.N,
+	})
+	if err != nil {
+		log.Note(m.Instance.N, err.Error())
+		a.send(startFailed{m.Instance, err})
+		return
+	}
+	if !a.send(started{m.Instance, p, files}) {
+		for _, f := range files {
+			f.Close()
+		}
+	}
+	ctx, cancel := context.WithCancel(a.work)
+	var watching sync.WaitGroup
+	t.PID, t.Started = p.PID, p.Started
+	watching.Go(func() { health.Watch(ctx, t, func(o wire.Probed) { a.send(probed{o}) }) })
+	select {
+	case <-p.Exited():
+	case <-a.work.Done():
+		p.Stop(LeaveGrace)
+	}
+	cancel()
+	watching.Wait() // so that no probe is reported after the end
+	<-p.Done()
+	a.send(exited{m.Instance})
+}
+
+// stop passes on a Stop. An instance that is gone needs none.
+func (a *agent) stop(m *wire.Stop) {
+	inst := a.instances[m.Instance]
+	if inst == nil {
+		return
+	}
+	grace := time.Duration(max(m.GraceMS, 0)) * time.Millisecond
+	if inst.process != nil {
+		inst.process.Stop(grace)
+		return
+	}
+	if at := time.Now().Add(grace); inst.stopAt.IsZero() || at.Before(inst.stopAt) {
+		inst.stopAt = at
+	}
+}
+
+// event acts on one event. An error ends Run: the master cannot be told.
+func (a *agent) event(e any) error {
+	switch e := e.(type) {
+	case sendFailed:
+		return fmt.Errorf("answer tako-master: %w", e.err)
+	case logGone:
+		a.dropLog(e.log)
+	case startFailed:
+		a.forget(e.id)
+		a.log.Warn("instance could not be started", logging.Instance, e.id.String(), logging.Reason, e.err.Error())
+		return a.conn.Send(0, &wire.StartFailed{Instance: e.id, Reason: e.err.Error()})
+	case started:
+		inst := a.instances[e.id]
+		inst.process = e.process
+		err := a.conn.Send(0, &wire.Started{Instance: e.id, PID: e.process.PID}, e.files[:]...)
+		for _, f := range e.files {
+			f.Close()
+		}
+		if !inst.stopAt.IsZero() {
+			e.process.Stop(time.Until(inst.stopAt))
+		}
+		a.log.Debug("instance started", logging.Instance, e.id.String(), logging.PID, e.process.PID)
+		return err
+	case probed:
+		if e.Good && e.Via == wire.TransportTCP && e.Streak == 1 {
+			m := a.instances[e.Instance].spec
+			a.dialable.put(e.Instance, target{m.Port, m.Command.User.UID})
+		}
+		return a.conn.Send(0, &e.Probed)
+	case exited:
+		p := a.instances[e.id].process
+		a.forget(e.id)
+		a.log.Debug("instance ended", logging.Instance, e.id.String(), logging.Exit, p.Exit().Code, logging.Signal, p.Exit().Signal)
+		return a.conn.Send(0, &wire.Exited{Instance: e.id, Exit: p.Exit(), LastLines: p.LastLines()})
+	}
+	return nil
+}
+
+func (a *agent) forget(id tako.InstanceID) {
+	a.dialable.remove(id)
+	a.dropLog(a.instances[id].log)
+	delete(a.instances, id)
+}
+
+// checkRun refuses what no correct master sends.
+func (a *agent) checkRun(m *wire.Run) error {
+	err := checkCommand(&m.Command, m.LogDir)
+	if err == nil && m.TimeoutMS <= 0 {
+		err = fmt.Errorf("no time to run in")
+	}
+	if err != nil {
+		return fmt.Errorf("%w: run %s of %s: %w", ipc.ErrProtocol, m.Name, m.App, err)
+	}
+	return nil
+}
+
+// runCommand runs a step of an app to its end.
+func (a *agent) runCommand(m *wire.Run, log *launch.Log) (any, error) {
+	p, files, err := launch.Start(a.work, launch.Config{
+		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID, Log: log, Build: true,
+	})
+	if err != nil {
+		log.Note(0, err.Error())
+		return nil, tako.Errorf(tako.CodeFailed, "%s", err)
+	}
+	for _, f := range files {
+		f.Close()
+	}
+	limit := time.Duration(m.TimeoutMS) * time.Millisecond
+	late := time.NewTimer(limit)
+	defer late.Stop()
+	timedOut := false
+	select {
+	case <-p.Exited():
+	case <-late.C:
+		timedOut = true
+		log.Note(0, fmt.Sprintf("the %s step did not end within %s and was killed", m.Name, limit))
+		p.Stop(0)
+	case <-a.work.Done():
+		p.Stop(0)
+	}
+	<-p.Done()
+	ran := &wire.Ran{Exit: p.Exit(), TimedOut: timedOut}
+	ran.Stdout, ran.Stderr = p.Heads()
+	return ran, nil
+}

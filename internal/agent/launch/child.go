@@ -1,0 +1,164 @@
+package launch
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"tako/internal/supervise"
+)
+
+// A child is a process of ours, the leader of a session and a group of its own.
+// Its number stays taken until reap, so a signal to it or to its group reaches
+// nobody else.
+type child struct {
+	pid   int
+	pidfd *os.File
+}
+
+// children are the processes that somebody here waits for, by number. Reap
+// leaves them alone.
+var children = struct {
+	sync.Mutex
+	pids map[int]bool
+}{pids: make(map[int]bool)}
+
+// self is this program's own file, also when its path now holds another one.
+const self = "/proc/self/exe"
+
+// spawn starts a second stage of this program, which argv[0] names, with files as
+// its descriptors from 0, an empty environment, and nothing else.
+func spawn(argv []string, files []uintptr) (*child, error) {
+	pidfd := -1
+	attr := &syscall.ProcAttr{
+		Env:   []string{},
+		Files: files,
+		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
+	}
+	children.Lock() // so that Reap knows it before it can end
+	pid, err := syscall.ForkExec(self, argv, attr)
+	if err == nil {
+		children.pids[pid] = true
+	}
+	children.Unlock()
+	if err != nil {
+		return nil, fmt.Errorf("start %s: %w", argv[0], err)
+	}
+	c := &child{pid: pid}
+	if pidfd < 0 {
+		_ = supervise.SignalGroup(pid, unix.SIGKILL) //nolint:errcheck // it is gone or going
+		c.reap()
+		return nil, fmt.Errorf("start %s: this kernel gives no pidfd: Linux 5.4 or later is needed", argv[0])
+	}
+	// Non-blocking, so that the runtime's poller waits and not a thread.
+	_ = unix.SetNonblock(pidfd, true) //nolint:errcheck // then a thread waits
+	c.pidfd = os.NewFile(uintptr(pidfd), "pidfd")
+	return c, nil
+}
+
+// wait blocks until the process has ended, and leaves it to be reaped.
+func (c *child) wait() {
+	raw, err := c.pidfd.SyscallConn()
+	if err != nil {
+		return
+	}
+	_ = raw.Read(func(fd uintptr) bool { return ended(int(fd)) }) //nolint:errcheck // reap waits in any case
+}
+
+// ended reports whether the process behind a pidfd has: it is readable then.
+func ended(pidfd int) bool {
+	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(p, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		return err != nil || n > 0
+	}
+}
+
+// reap takes the status of the process, which must be ending, and gives its
+// number back. ok is false if the status is not to be had.
+func (c *child) reap() (status unix.WaitStatus, ok bool) {
+	for {
+		_, err := unix.Wait4(c.pid, &status, 0, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		ok = err == nil
+		break
+	}
+	children.Lock()
+	delete(children.pids, c.pid)
+	children.Unlock()
+	if c.pidfd != nil {
+		_ = c.pidfd.Close()
+	}
+	return status, ok
+}
+
+// signalGroup signals the process and its group. It must not have been reaped.
+func (c *child) signalGroup(sig unix.Signal) {
+	_ = supervise.SignalGroup(c.pid, sig) //nolint:errcheck // nobody is left in it
+}
+
+// Subreaper makes this process the parent of its descendants' orphans.
+func Subreaper() error {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return fmt.Errorf("become the reaper of orphans: %w", err)
+	}
+	return nil
+}
+
+// Reap takes the status of every child that nobody here started: the orphans of
+// instances. It returns when ctx ends.
+func Reap(ctx context.Context) {
+	sig := make(chan os.Signal, 1)
+	signal.Notify(sig, unix.SIGCHLD)
+	defer signal.Stop(sig)
+	again := time.NewTimer(0)
+	defer again.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-sig:
+		case <-again.C:
+		}
+		if !reapOrphans() { // one of ours stands in front and is taken in a moment
+			again.Reset(10 * time.Millisecond)
+		}
+	}
+}
+
+// reapOrphans takes ended children up to the first that somebody waits for. It
+// reports whether there was none such.
+func reapOrphans() bool {
+	for {
+		var info siginfo
+		err := unix.Waitid(unix.P_ALL, 0, info.raw(), unix.WEXITED|unix.WNOWAIT|unix.WNOHANG, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil || info.pid == 0 {
+			return true
+		}
+		pid := int(info.pid)
+		children.Lock()
+		waited := children.pids[pid]
+		if !waited {
+			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) //nolint:errcheck // an orphan's status is nobody's concern
+		}
+		children.Unlock()
+		if waited {
+			return false
+		}
+	}
+}
