@@ -89,22 +89,24 @@ func look() {
 	_ = unix.Prlimit(0, unix.RLIMIT_NOFILE, nil, (*unix.Rlimit)(&lim))
 	s.Files = lim.Cur
 	file := os.Getenv("SECRET")
-	for what, try := range map[string]func() error{
-		"setuid":   func() error { return setRes(unix.SYS_SETRESUID, 0) },
-		"setgid":   func() error { return setRes(unix.SYS_SETRESGID, 0) },
-		"groups":   func() error { return setGroups([]uint32{0}) },
-		"open":     func() error { f, err := os.Open(file); f.Close(); return err },
-		"chown":    func() error { return os.Chown(file, 1, 1) },
-		"chroot":   func() error { return unix.Chroot("/") },
-		"renice":   func() error { return unix.Setpriority(unix.PRIO_PROCESS, 0, -1) },
-		"nnp":      func() error { _, err := prctl(unix.PR_SET_NO_NEW_PRIVS, 0, 0); return err },
-		"net-bind": func() error { return setCaps([]uintptr{unix.CAP_NET_BIND_SERVICE}) },
+	for _, t := range []struct { // the identity last: it changes what the others may
+		what string
+		try  func() error
+	}{
+		{"open", func() error { f, err := os.Open(file); f.Close(); return err }},
+		{"chown", func() error { return os.Chown(file, 1, 1) }},
+		{"chroot", func() error { return unix.Chroot("/") }},
+		{"renice", func() error { return unix.Setpriority(unix.PRIO_PROCESS, 0, -1) }},
+		{"nnp", func() error { _, err := prctl(unix.PR_SET_NO_NEW_PRIVS, 0, 0); return err }},
+		{"net-bind", func() error { return setCaps([]uintptr{unix.CAP_NET_BIND_SERVICE}) }},
+		{"groups", func() error { return setGroups([]uint32{0}) }},
+		{"setgid", func() error { return setRes(unix.SYS_SETRESGID, 0) }},
+		{"setuid", func() error { return setRes(unix.SYS_SETRESUID, 0) }},
 	} {
-		if try() == nil {
-			s.Worked = append(s.Worked, what)
+		if t.try() == nil {
+			s.Worked = append(s.Worked, t.what)
 		}
 	}
-	slices.Sort(s.Worked)
 	_ = json.NewEncoder(os.Stdout).Encode(s)
 	os.Exit(0)
 }
