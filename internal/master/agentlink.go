@@ -87,16 +87,12 @@ func (s *server) fromAgent(m wire.Message) {
 	a.from(m)
 }
 
-// agentSend sends to the agent; without one it is errNoAgent.
-func (s *server) agentSend(body any, files ...ipc.FD) error {
+// agentSend sends to the agent, without waiting; without one it is errNoAgent.
+func (s *server) agentSend(body any) error {
 	s.agentMu.Lock()
 	l := s.agent
 	s.agentMu.Unlock()
-	if l == nil {
-		return errNoAgent
-	}
-	if err := l.conn.Send(0, body, files...); err != nil {
-		l.kill(err)
+	if l == nil || !l.post(body) {
 		return errNoAgent
 	}
 	return nil

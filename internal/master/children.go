@@ -62,6 +62,12 @@ type link struct {
 	ready atomic.Bool
 	state atomic.Pointer[string] // for people
 
+	// out is what waits to be sent. Who receives from a child must never wait for
+	// it to receive: both could wait for each other.
+	outMu   sync.Mutex
+	out     []any         // guarded by outMu
+	outWake chan struct{} // has room for one
+
 	endOnce sync.Once
 	ended   chan struct{} // closed when the link is of no more use
 	why     error         // set before ended is closed
@@ -81,6 +87,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		role: prog.role, generation: generation, child: child,
 		conn: wire.NewConn(child.Channel, kind, wire.Master), log: log,
 		startedAt: time.Now(), pongs: make(chan uint64, 4), ended: make(chan struct{}),
+		outWake: make(chan struct{}, 1),
 	}
 	l.calls = wire.NewCalls(l.conn)
 	l.setState("starting")
@@ -88,6 +95,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		l.end(err)
 		return nil, fmt.Errorf("start %s: %w", prog.role, err)
 	}
+	go l.deliver()
 	return l, nil
 }
 
@@ -116,6 +124,54 @@ func (l *link) greet(version string) error {
 		return fmt.Errorf("it speaks protocol %d, we speak %d: install programs of one version", h.Protocol, wire.ProtocolVersion)
 	}
 	return nil
+}
+
+// MaxQueued bounds how many messages wait for a child; one that lets more pile up
+// is stuck, and replaced.
+const MaxQueued = 1 << 16
+
+// post sends a message in its turn, without waiting. It reports whether the link
+// still lives.
+func (l *link) post(body any) bool {
+	l.outMu.Lock()
+	l.out = append(l.out, body)
+	n := len(l.out)
+	l.outMu.Unlock()
+	if n > MaxQueued {
+		l.log.Error("child takes no messages: replaced", "waiting", n)
+		l.kill(errors.New("it takes no messages"))
+	}
+	select {
+	case l.outWake <- struct{}{}:
+	default:
+	}
+	select {
+	case <-l.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// deliver sends what was posted, until the link ends.
+func (l *link) deliver() {
+	for {
+		select {
+		case <-l.outWake:
+		case <-l.ended:
+			return
+		}
+		l.outMu.Lock()
+		batch := l.out
+		l.out = nil
+		l.outMu.Unlock()
+		for _, body := range batch {
+			if err := l.conn.Send(0, body); err != nil {
+				l.kill(err)
+				return
+			}
+		}
+	}
 }
 
 func (l *link) setState(s string) { l.state.Store(&s) }

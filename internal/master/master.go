@@ -260,7 +260,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 // the instances end.
 func (s *server) leave(proxies, agents, rest *sync.WaitGroup) error {
 	for _, l := range s.proxies.all() {
-		s.proxies.sendTo(l, &wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
+		l.post(&wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
 	}
 	if !within(StopRequests+5*time.Second, proxies) {
 		for _, l := range s.proxies.all() {

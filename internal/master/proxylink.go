@@ -28,21 +28,10 @@ type proxySet struct {
 	links []*proxyLink
 }
 
-// send sends a message to every proxy. One that cannot take it is replaced.
+// send tells every proxy something, without waiting.
 func (p *proxySet) send(body any) {
 	for _, l := range p.all() {
-		p.sendTo(l, body)
-	}
-}
-
-func (p *proxySet) sendTo(l *proxyLink, body any, files ...ipc.FD) {
-	if err := l.conn.Send(0, body, files...); err != nil {
-		select {
-		case <-l.ended:
-		default:
-			l.log.Error("proxy takes no messages: replaced", logging.Err, err)
-			l.kill(err)
-		}
+		l.post(body)
 	}
 }
 
@@ -85,10 +74,19 @@ func (s *server) giveDialer(l *proxyLink) {
 	}
 	defer ours.Close()
 	defer theirs.Close()
-	if err := s.agentSend(&wire.DialerSocket{}, ours); err != nil {
+	s.agentMu.Lock()
+	agent := s.agent
+	s.agentMu.Unlock()
+	if agent == nil {
 		return // the next agent gets one
 	}
-	s.proxies.sendTo(l, &wire.Dialer{}, theirs)
+	if err := agent.conn.Send(0, &wire.DialerSocket{}, ours); err != nil {
+		agent.kill(err)
+		return
+	}
+	if err := l.conn.Send(0, &wire.Dialer{}, theirs); err != nil {
+		l.kill(err)
+	}
 }
 
 // runProxy runs one proxy to its end.
@@ -105,7 +103,7 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 	})
 	defer late.Stop()
 	go func() {
-		if err := s.configureProxy(ctx, l); err != nil {
+		if err := s.configureProxy(l); err != nil {
 			l.kill(err)
 		}
 	}()
@@ -127,7 +125,7 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 }
 
 // configureProxy brings a new proxy to the point where it serves.
-func (s *server) configureProxy(ctx context.Context, l *proxyLink) error {
+func (s *server) configureProxy(l *proxyLink) error {
 	names, fds := make([]string, 0, len(s.listeners)), make([]ipc.FD, 0, len(s.listeners))
 	for _, x := range s.listeners {
 		names, fds = append(names, x.name), append(fds, x.fd)
@@ -145,6 +143,9 @@ func (s *server) configureProxy(ctx context.Context, l *proxyLink) error {
 		return errors.Join(err, signer.Close())
 	}
 	go s.serveSigner(signer, l)
+	// From here on it is told every change, and given every new agent; what it is
+	// told twice is the same.
+	s.proxies.add(l)
 	s.giveDialer(l)
 	if err := l.conn.Send(0, &wire.ProxySettings{HTTPSPort: s.httpsPort(), TrustedProxies: s.s.trusted}); err != nil {
 		return err
@@ -152,25 +153,18 @@ func (s *server) configureProxy(ctx context.Context, l *proxyLink) error {
 	if err := l.conn.Send(0, &wire.TicketKeys{Keys: s.tickets.current()}); err != nil {
 		return err
 	}
-	// From here on it is told every change; what it is told twice is the same.
-	s.proxies.add(l)
 	for _, c := range s.certs.All() {
-		if err := l.conn.Send(0, certMessage(c)); err != nil {
-			return err
-		}
+		l.post(certMessage(c))
 	}
 	for _, a := range s.allApps() {
 		a.mu.Lock()
-		msg := a.message()
-		if msg != nil {
-			err = l.conn.Send(0, msg)
+		if msg := a.message(); msg != nil {
+			l.post(msg)
 		}
 		a.mu.Unlock()
-		if err != nil {
-			return err
-		}
 	}
-	return l.conn.Send(0, &wire.Serve{})
+	l.post(&wire.Serve{})
+	return nil
 }
 
 func certMessage(c cert.Certificate) *wire.Certificate {
