@@ -400,6 +400,33 @@ func TestFollowedLogsEndWithTheirClient(t *testing.T) {
 	<-ended
 }
 
+func TestAClientThatDoesNotReadIsGivenUp(t *testing.T) {
+	gaveUp := make(chan error, 1)
+	f := &fake{logs: func(_ context.Context, _ LogsRequest, send func(LogLine) error) error {
+		for {
+			if err := send(LogLine{Text: strings.Repeat("w", 4096)}); err != nil {
+				gaveUp <- err
+				return err
+			}
+		}
+	}}
+	s := serve(t, f, func(c *Config) { c.Limits.WriteTimeout = 50 * time.Millisecond })
+	s.dial(t).send(t, `{"command":"logs","app":"a","follow":true}`+"\n")
+	if err := <-gaveUp; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
+}
+
+func TestLimitsThatAreNotSetAreTheConstants(t *testing.T) {
+	want := Limits{
+		MaxConnections: 128, IdleTimeout: 5 * time.Minute, LineTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second,
+		DrainTimeout: 2 * time.Minute, UploadIdleTimeout: time.Minute, MaxUploadBytes: 4 << 30,
+	}
+	if got := (Limits{}).orDefaults(); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
 func TestTheEndClosesIdleConnectionsAndAnswersTheRest(t *testing.T) {
 	started, release := make(chan struct{}), make(chan struct{})
 	f := &fake{deploy: func(ctx context.Context, _ DeployRequest, _ Progress) (DeployResult, error) {
@@ -553,7 +580,7 @@ func as(t *testing.T, sock string, uid uint32, groups []uint32, line string) str
 		t.Skip("only root can be somebody else")
 	}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = []string{"TAKO_TEST_DIAL=" + sock, "TAKO_TEST_LINE=" + line}
+	cmd.Env = []string{"TAKO_TEST_DIAL=" + sock, "TAKO_TEST_LINE=" + line, "GORACE=atexit_sleep_ms=0"}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid, Groups: groups}}
 	out, err := cmd.Output()
