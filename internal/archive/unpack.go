@@ -46,6 +46,11 @@ const (
 // whatever the umask; owner and group are those that the process gives to new
 // files. ctx is looked at between reads: to end a read that waits, close r.
 func Unpack(ctx context.Context, r io.Reader, dir string, limits Limits) (Stats, error) {
+	return unpack(ctx, r, dir, limits, func(top *os.File) error { return unix.Syncfs(int(top.Fd())) })
+}
+
+// unpack is Unpack, with how to write what is there to the disk.
+func unpack(ctx context.Context, r io.Reader, dir string, limits Limits, sync func(*os.File) error) (Stats, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return Stats{}, fmt.Errorf("unpack archive: %w", err)
@@ -77,7 +82,7 @@ func Unpack(ctx context.Context, r io.Reader, dir string, limits Limits) (Stats,
 	if err := u.all(); err != nil {
 		return u.Stats, fmt.Errorf("unpack archive: %w", err)
 	}
-	if err := unix.Syncfs(int(top.Fd())); err != nil {
+	if err := sync(top); err != nil {
 		return u.Stats, fmt.Errorf("unpack archive: write %s to the disk: %w", dir, err)
 	}
 	return u.Stats, nil
