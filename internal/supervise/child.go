@@ -158,7 +158,7 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 
 // environment is env and what is inherited, unless env says otherwise.
 func environment(env []string) []string {
-	env = slices.Clone(env)
+	env = append([]string{}, env...) // never nil, which would mean all of the master's
 	for _, name := range inherited {
 		set := slices.ContainsFunc(env, func(e string) bool { return strings.HasPrefix(e, name+"=") })
 		if v, ok := os.LookupEnv(name); ok && !set {

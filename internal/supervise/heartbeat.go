@@ -14,7 +14,7 @@ const (
 // Heartbeat calls send with a rising id, from 1, at once and after every
 // interval, and takes the ids that come back from pongs. When missed of them in
 // a row are unanswered, or send fails, it calls late once and returns; it returns
-// too when ctx ends. What went by while this process itself did not run on time
+// too when ctx ends. Nobody closes pongs. What went by while this process itself did not run on time
 // (stopped, or starved) is not held against the peer.
 func Heartbeat(ctx context.Context, interval time.Duration, missed int, send func(id uint64) error, pongs <-chan uint64, late func()) {
 	var sent, answered uint64
@@ -28,7 +28,8 @@ func Heartbeat(ctx context.Context, interval time.Duration, missed int, send fun
 		}
 		due := time.Now().Add(interval)
 		timer := time.NewTimer(interval)
-		for waiting := true; waiting; {
+		fired := false
+		for !fired || len(pongs) > 0 { // those that came in time count
 			select {
 			case <-ctx.Done():
 				timer.Stop()
@@ -38,11 +39,11 @@ func Heartbeat(ctx context.Context, interval time.Duration, missed int, send fun
 					answered = max(answered, id)
 				}
 			case <-timer.C:
-				waiting = false
+				fired = true
 			}
 		}
 		if time.Since(due) > interval/2 {
-			answered = sent
+			answered = sent // we were late ourselves
 		}
 		if sent-answered >= uint64(missed) { //nolint:gosec // a small positive number
 			late()
