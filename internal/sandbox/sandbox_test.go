@@ -20,6 +20,9 @@ import (
 // The test binary executed again does what this variable says.
 const actVar = "SANDBOX_TEST_ACT"
 
+// noSleep keeps the race detector from waiting a second at each exit.
+const noSleep = "GORACE=atexit_sleep_ms=0"
+
 func TestMain(m *testing.M) {
 	switch act := os.Getenv(actVar); act {
 	case "":
@@ -128,7 +131,7 @@ func run(t testing.TB, act string, attr *syscall.SysProcAttr, args ...string) (s
 		t.Fatal(err)
 	}
 	cmd := exec.CommandContext(t.Context(), self(t, dir), args...)
-	cmd.Env = []string{actVar + "=" + act, "SECRET=" + secret}
+	cmd.Env = []string{actVar + "=" + act, "SECRET=" + secret, noSleep}
 	cmd.Dir = "/"
 	cmd.SysProcAttr = attr
 	for range 3 { // 3 is the channel's place, 4 and 5 are leaks
@@ -313,7 +316,7 @@ func TestExec(t *testing.T) {
 		t.Fatal(err)
 	}
 	id := &Identity{UID: 70031, GID: 70032, Groups: []uint32{70033}}
-	env := []string{actVar + "=look", "PATH=/nowhere:" + closed + ":" + bin, "SECRET=" + secret}
+	env := []string{actVar + "=look", "PATH=/nowhere:" + closed + ":" + bin, "SECRET=" + secret, noSleep}
 	start := func(e execArgs, attr *syscall.SysProcAttr) (seen, error) {
 		arg, err := json.Marshal(e)
 		if err != nil {
