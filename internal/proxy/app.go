@@ -139,7 +139,7 @@ func check(m *wire.App) error {
 	return nil
 }
 
-// change brings in a revision. The caller sends Applied and then calls drained
+// change brings in a revision. The caller sends Applied and then calls applied
 // with what it returns: the instances that take no more requests since now.
 func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance) {
 	conf := &appConf{App: *m, gone: gone}
@@ -192,8 +192,7 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 		return draining
 	}
 	if conf.OnDemand && conf.refuse() == nil && len(conf.first)+len(conf.reserve) == 0 {
-		a.wakeLocked(conf)
-		return draining
+		return draining // they wait on
 	}
 	for _, w := range a.waiting {
 		close(w)
@@ -202,8 +201,14 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 	return draining
 }
 
-// drained asks for a Quiet of each, once nothing is in flight there.
-func (a *app) drained(draining []*instance, revision uint64) {
+// applied asks for a Quiet of each, once nothing is in flight there, and wakes
+// the app if requests wait on.
+func (a *app) applied(draining []*instance, revision uint64) {
+	a.mu.Lock()
+	if len(a.waiting) > 0 {
+		a.wakeLocked(a.conf.Load())
+	}
+	a.mu.Unlock()
 	for _, i := range draining {
 		i.quiet.Store(revision)
 		i.settle(a.out)

@@ -28,6 +28,9 @@ type flight struct {
 	app    *app
 	conn   *clientConn
 	cancel context.CancelCauseFunc
+	// detach makes the context outlive the client's sending half: net/http takes
+	// its end for the client's. It reports false if that has come already.
+	detach func() bool
 	// Of the request's own goroutine.
 	inst   *instance // counted on it, or nil
 	stream bool
@@ -35,8 +38,10 @@ type flight struct {
 
 // begin registers a request. The caller calls end.
 func (f *flights) begin(ctx context.Context, a *app, conn *clientConn) (*flight, context.Context) {
-	ctx, cancel := context.WithCancelCause(ctx)
+	client := ctx
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(client))
 	fl := &flight{all: f, app: a, conn: conn, cancel: cancel}
+	fl.detach = context.AfterFunc(client, func() { cancel(context.Cause(client)) })
 	a.begin()
 	f.mu.Lock()
 	f.requests[fl] = true
@@ -67,6 +72,7 @@ func (fl *flight) leave() {
 
 // end is the end of the request.
 func (fl *flight) end() {
+	fl.detach()
 	fl.cancel(nil)
 	if fl.inst != nil {
 		fl.inst.finished.Add(1)

@@ -149,7 +149,7 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 		return
 	}
 	if resp.Tunnel != nil {
-		h.tunnel(ctx, rc, r, fl, resp, id)
+		h.tunnel(ctx, rc, fl, resp, id)
 		return
 	}
 	defer resp.Body.Close() //nolint:errcheck // it returns none

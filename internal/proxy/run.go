@@ -312,7 +312,7 @@ func (p *process) change(m *wire.App, gone bool) error {
 	draining := a.change(m, gone, p.dialer.dial)
 	p.state.Store(&st)
 	p.out.push(&wire.Applied{App: m.App, Revision: m.Revision})
-	a.drained(draining, m.Revision)
+	a.applied(draining, m.Revision)
 	return nil
 }
 

@@ -28,9 +28,12 @@ func upgradeOf(r *http.Request) string {
 }
 
 // tunnel passes bytes in both directions until both have ended, or ctx.
-func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, r *http.Request, fl *flight, resp *upstream.Response, id string) {
+func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *flight, resp *upstream.Response, id string) {
 	fl.becomeStream()
 	defer resp.Tunnel.Close() //nolint:errcheck // it returns none
+	if !fl.detach() {
+		panic(http.ErrAbortHandler)
+	}
 	conn, brw, err := rc.Hijack()
 	if err != nil {
 		h.log.Error("connection cannot be taken over", "app", fl.app.id, "error", err)

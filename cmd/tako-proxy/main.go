@@ -1,0 +1,61 @@
+// Command tako-proxy takes HTTP and HTTPS from clients and hands requests to the
+// instances of apps. tako-master starts it; descriptor 3 is its channel to it.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/proxy"
+	"tako/internal/sandbox"
+	"tako/internal/version"
+	"tako/internal/wire"
+)
+
+const name = string(wire.Proxy)
+
+func main() { os.Exit(run()) }
+
+func run() int {
+	// First of all, before anything is read: powers that are not needed go.
+	if err := sandbox.Enter(name, true); err != nil {
+		fmt.Fprintf(os.Stderr, "%s: give up powers: %v\n", name, err)
+		return wire.ExitFailed
+	}
+	showVersion := flag.Bool("version", false, "print the version and exit")
+	logLevel := flag.String("log-level", "info", "least important level that is logged")
+	flag.Parse()
+	if *showVersion {
+		fmt.Println(name, version.String())
+		return wire.ExitDone
+	}
+	log, err := logging.Child(name, *logLevel)
+	if err != nil || flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "%s: bad flags (%v)\n", name, err)
+		return wire.ExitUsage
+	}
+	channel, err := ipc.Open(wire.ChannelFD)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s is started by tako-master, and not by hand: %v\n", name, err)
+		return wire.ExitUsage
+	}
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT) // a terminal's are the master's to act on
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer stop()
+	switch err := proxy.Run(ctx, proxy.Config{Channel: channel, Version: version.String()}, log); {
+	case errors.Is(err, proxy.ErrMaster):
+		log.Error("leaving", "error", err)
+		return wire.ExitPeer
+	case err != nil:
+		log.Error("leaving", "error", err)
+		return wire.ExitFailed
+	}
+	return wire.ExitDone
+}
