@@ -339,10 +339,15 @@ func (r *run) upgradeCommand() *cobra.Command {
 	one := func(name, command, short, did string) *cobra.Command {
 		var owner string
 		var force bool
-		c := &cobra.Command{Use: name, Short: short, Args: cobra.NoArgs, Example: "  takoctl upgrade " + name + " --owner package-2.0"}
+		c := &cobra.Command{Use: name, Short: short, Example: "  takoctl upgrade " + name + " --owner package-2.0"}
 		c.Flags().StringVar(&owner, "owner", "", "who upgrades; only the same `owner` can end it")
 		c.Flags().BoolVar(&force, "force", false, "even if another owner holds the lock; for root and the server's user")
-		_ = c.MarkFlagRequired("owner")
+		c.Args = func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 || !cmd.Flags().Changed("owner") {
+				return fmt.Errorf("want --owner, and nothing else")
+			}
+			return nil
+		}
 		return r.command(c, func(ctx context.Context, s *conn, _ []string) error {
 			return ask(ctx, r, s, management.Request{Command: command, Owner: &owner, Force: force},
 				func(a reply) { r.say(did, clean(a.Owner)) })
