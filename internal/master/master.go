@@ -156,7 +156,7 @@ func Run(ctx context.Context, c Config, version string, log hclog.Logger) (err e
 }
 
 // openSockets inherits or opens the ports and the management socket.
-func (s *server) openSockets() (mgmt *net.UnixListener, unlisten func(), err error) {
+func (s *server) openSockets() (mgmt *net.UnixListener, closeAll func(), err error) {
 	ports, inheritedMgmt, err := activated()
 	if err != nil {
 		return nil, nil, err
@@ -164,7 +164,7 @@ func (s *server) openSockets() (mgmt *net.UnixListener, unlisten func(), err err
 	if gid, ok := groupID(s.s.SocketGroup); ok {
 		s.socketGID = gid
 	}
-	unlisten = func() {
+	closePorts := func() {
 		for _, l := range s.listeners {
 			l.fd.Close()
 		}
@@ -180,27 +180,27 @@ func (s *server) openSockets() (mgmt *net.UnixListener, unlisten func(), err err
 		defer f.Close()
 		l, err := net.FileListener(f)
 		if err != nil {
-			unlisten()
+			closePorts()
 			return nil, nil, fmt.Errorf("inherited management socket: %w", err)
 		}
 		ul, ok := l.(*net.UnixListener)
 		if !ok {
-			unlisten()
+			closePorts()
 			return nil, nil, fmt.Errorf("inherited management socket: it is a %T, not a Unix socket: mend the socket unit", l)
 		}
-		return ul, unlisten, nil
+		return ul, closePorts, nil
 	}
 	path := s.layout.PIDSocket(os.Getpid())
 	mgmt, err = management.Listen(path, s.layout.Socket, 0o660, s.socketGID)
 	if err != nil {
-		unlisten()
+		closePorts()
 		return nil, nil, err
 	}
 	return mgmt, func() {
 		if err := errors.Join(mgmt.Close(), management.Unlisten(path, s.layout.Socket)); err != nil {
 			s.log.Warn("management socket not taken away", logging.Err, err)
 		}
-		unlisten()
+		closePorts()
 	}, nil
 }
 

@@ -16,8 +16,7 @@ import (
 )
 
 // An Identity is whom a stage becomes: one user, one group and some more groups,
-// and no capabilities. As user 0 only root itself can be, who then has nothing
-// but what root owns.
+// and no capabilities: as user 0 it has nothing but what root owns.
 type Identity struct {
 	UID, GID uint32
 	Groups   []uint32

@@ -201,7 +201,8 @@ func helperBecome(args []string) error {
 	if id.UID != 0 {
 		return sandbox.Exec(&sandbox.Identity{UID: id.UID, GID: id.GID, Groups: id.Groups}, "/", next, nil, helperMask, nil)
 	}
-	// Root stays root, in other groups and without its powers.
+	// The data root is root's: root without any powers is no more than the owner
+	// of those files.
 	return sandbox.Exec(nil, "/", next, nil, helperMask, func() error {
 		groups := make([]int, 0, len(id.Groups))
 		for _, g := range id.Groups {
@@ -212,6 +213,9 @@ func helperBecome(args []string) error {
 		}
 		if err := unix.Setresgid(int(id.GID), int(id.GID), int(id.GID)); err != nil {
 			return fmt.Errorf("take on group %d: %w", id.GID, err)
+		}
+		if err := unix.Setresuid(0, 0, 0); err != nil {
+			return fmt.Errorf("become the owner of the data root: %w", err)
 		}
 		return nil
 	})
