@@ -15,6 +15,7 @@ import (
 	"io"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/mattn/go-isatty"
@@ -49,6 +50,9 @@ type Env struct {
 // Main runs takoctl with args (without the program's name) until it is done or
 // ctx ends, and returns the exit code. It opens and closes only what is its own.
 func Main(ctx context.Context, args []string, env Env) int {
+	if _, file := env.Stderr.(*os.File); !file {
+		env.Stderr = &shared{w: env.Stderr} // an ssh writes there too
+	}
 	r := &run{Env: env}
 	root := r.root()
 	root.SetArgs(args)
@@ -73,6 +77,18 @@ type run struct {
 	json    bool
 	timeout time.Duration
 	began   bool // the command line was good
+}
+
+// shared is a Writer for several goroutines.
+type shared struct {
+	mu sync.Mutex
+	w  io.Writer // guarded by mu
+}
+
+func (s *shared) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.w.Write(p) //nolint:wrapcheck // a Writer as it is
 }
 
 // A usageError is about the command line.
