@@ -48,6 +48,9 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "tako-agent: %v\n", err)
 		return wire.ExitUsage
 	}
+	// A log pipe without a reader must not end this process: its last work comes
+	// when the master has died.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	switch err := agent.Run(ctx, agent.Config{Channel: channel, Version: version.String()}, log); {

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,6 +43,19 @@ var unprivileged = wire.AgentSettings{PortMin: 1, PortMax: 65535}
 
 func newRig(tb testing.TB, settings wire.AgentSettings) *rig {
 	tb.Helper()
+	r, theirs := prepare(tb)
+	ch, err := ipc.Open(theirs)
+	must(tb, err)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { r.ended <- Run(ctx, Config{Channel: ch, Version: "test"}, hclog.NewNullLogger()) }()
+	tb.Cleanup(cancel)
+	r.greet(settings)
+	return r
+}
+
+// prepare makes everything but the agent, whose end of the channel it returns.
+func prepare(tb testing.TB) (*rig, ipc.FD) {
+	tb.Helper()
 	dir, err := os.MkdirTemp("", "tako-agent")
 	must(tb, err)
 	must(tb, os.Chmod(dir, 0o755))
@@ -54,12 +66,8 @@ func newRig(tb testing.TB, settings wire.AgentSettings) *rig {
 	must(tb, os.WriteFile(r.prog, exe, 0o755))
 	ours, theirs, err := ipc.Pair()
 	must(tb, err)
-	ch, err := ipc.Open(theirs)
-	must(tb, err)
 	r.conn = wire.NewConn(ours, wire.LinkAgent, wire.Master)
 	r.calls = wire.NewCalls(r.conn)
-	ctx, cancel := context.WithCancel(context.Background())
-	go func() { r.ended <- Run(ctx, Config{Channel: ch, Version: "test"}, hclog.NewNullLogger()) }()
 	received := make(chan struct{})
 	go func() {
 		defer close(received)
@@ -77,24 +85,27 @@ func newRig(tb testing.TB, settings wire.AgentSettings) *rig {
 		}
 	}()
 	tb.Cleanup(func() {
-		cancel()
 		r.conn.Close()
 		<-received
 		select {
 		case <-r.ended:
 		case <-time.After(patience):
-			tb.Error("Run did not return")
+			tb.Error("the agent did not end")
 		}
 		for len(r.msgs) > 0 {
 			m := <-r.msgs
 			m.Discard()
 		}
 	})
-	must(tb, r.conn.Send(0, &wire.Hello{Protocol: wire.ProtocolVersion, Generation: 1}))
+	return r, theirs
+}
+
+func (r *rig) greet(settings wire.AgentSettings) {
+	r.tb.Helper()
+	must(r.tb, r.conn.Send(0, &wire.Hello{Protocol: wire.ProtocolVersion, Generation: 1}))
 	want[*wire.Hello](r)
-	must(tb, r.conn.Send(0, &settings))
+	must(r.tb, r.conn.Send(0, &settings))
 	want[*wire.Ready](r)
-	return r
 }
 
 func must(tb testing.TB, err error) {
@@ -131,8 +142,6 @@ func wantFiles[T any](r *rig) (T, []ipc.FD) {
 		}
 	}
 }
-
-var lastPort atomic.Uint32
 
 func freePort(tb testing.TB) uint16 {
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
@@ -221,10 +230,13 @@ func TestInstanceThatEndsAtOnceIsReportedWithItsExitAndLastLines(t *testing.T) {
 		if _, err := time.Parse(time.RFC3339Nano, l.Time); err != nil || l.Instance != 1 {
 			t.Errorf("log line %s", line)
 		}
+		if l.Stream == launch.StreamTako && l.Text != "ended with status 3" {
+			t.Errorf("log line %s", line)
+		}
 		seen = append(seen, l.Stream+" "+l.Text)
 	}
 	slices.Sort(seen)
-	if want := []string{"stderr no such table: users", "stdout about to fail"}; !slices.Equal(seen, want) {
+	if want := []string{"stderr no such table: users", "stdout about to fail", "tako ended with status 3"}; !slices.Equal(seen, want) {
 		t.Errorf("log: got %q, want %q", seen, want)
 	}
 }
@@ -374,7 +386,7 @@ func TestLongLinesAreSplitAndMarked(t *testing.T) {
 	r.start(r.app(1, "long"))
 	want[*wire.Exited](r)
 	lines := strings.Split(strings.TrimSpace(r.logText()), "\n")
-	if len(lines) != 2 || !strings.HasSuffix(lines[0], `é…"}`) || !strings.Contains(lines[1], `"text":"…é`) {
+	if len(lines) != 3 || !strings.HasSuffix(lines[0], `é…"}`) || !strings.Contains(lines[1], `"text":"…é`) {
 		t.Fatalf("%d lines", len(lines))
 	}
 }

@@ -1,6 +1,8 @@
 package agent
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,7 +13,11 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/hashicorp/go-hclog"
 	"go.uber.org/goleak"
+
+	"tako/internal/ipc"
+	"tako/internal/wire"
 )
 
 // TestMain is also the agent's second stage, and the apps that the tests run:
@@ -21,6 +27,16 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 2 && os.Args[1] == "test-app" {
 		testApp(os.Args[2])
 		os.Exit(0)
+	}
+	if len(os.Args) > 1 && os.Args[1] == "test-agent" {
+		ch, err := ipc.Open(wire.ChannelFD)
+		if err == nil {
+			err = Run(context.Background(), Config{Channel: ch}, hclog.New(&hclog.LoggerOptions{Output: os.Stderr}))
+		}
+		if !errors.Is(err, io.EOF) {
+			fmt.Fprintln(os.Stderr, "test-agent:", err)
+		}
+		os.Exit(wire.ExitPeer)
 	}
 	goleak.VerifyTestMain(m)
 }

@@ -62,7 +62,7 @@ func (a *agent) takeLog(dir string, bytes int64, files int, gid uint32) *sharedL
 
 func (a *agent) dropLog(l *sharedLog) {
 	if l.users--; l.users == 0 {
-		l.Close()
+		a.all.Go(l.Close) // the disk may be slow
 		delete(a.logs, l.dir)
 	}
 }
@@ -162,7 +162,21 @@ func (a *agent) live(t health.Target, m *wire.Start, log *launch.Log) {
 	cancel()
 	watching.Wait() // so that no probe is reported after the end
 	<-p.Done()
+	log.Note(m.Instance.N, ending(p.Exit()))
 	a.send(exited{m.Instance})
+}
+
+// ending says for the app's log how an instance ended.
+func ending(e wire.Exit) string {
+	switch {
+	case e.OutOfMem:
+		return "ended: the kernel killed it for want of memory"
+	case e.Signal != "":
+		return "ended by " + e.Signal
+	case e.Forgotten:
+		return "ended"
+	}
+	return fmt.Sprintf("ended with status %d", e.Code)
 }
 
 // stop passes on a Stop. An instance that is gone needs none.

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,6 +22,7 @@ import (
 const (
 	ownerUID = 69_001
 	netGID   = 69_002
+	agentUID = 69_003
 	appUID   = 70_001
 	otherUID = 70_002
 )
@@ -60,7 +62,7 @@ func (r *rig) release(m *wire.Tree, name string) string {
 
 func TestTreeOfAUserPerAppHasOwnersAndModesOfTheTable(t *testing.T) {
 	needRoot(t)
-	r := newRig(t, privileged)
+	r := newCapableRig(t)
 	m := r.tree(appUID)
 	_, err := r.do(m)
 	must(t, err)
@@ -97,9 +99,35 @@ func TestTreeThatIsSomebodyElsesNamesTheCommandToRun(t *testing.T) {
 	}
 }
 
+// newCapableRig is a rig whose agent is a process of tako-agent's user, with the
+// three capabilities of the design and no others.
+func newCapableRig(tb testing.TB) *rig {
+	tb.Helper()
+	r, theirs := prepare(tb)
+	p, err := os.StartProcess(r.prog, []string{"tako-agent", "test-agent"}, &os.ProcAttr{
+		Dir: "/", Env: []string{}, Files: []*os.File{nil, os.Stderr, os.Stderr, theirs.File("channel")},
+		Sys: &syscall.SysProcAttr{
+			Credential:  &syscall.Credential{Uid: agentUID, Gid: agentUID, Groups: []uint32{netGID}},
+			AmbientCaps: []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL},
+		},
+	})
+	must(tb, err)
+	theirs.Close()
+	go func() {
+		_, err := p.Wait()
+		r.ended <- err
+	}()
+	r.greet(privileged)
+	return r
+}
+
 func TestInstanceRunsAsItsOwnUserAndReachesOnlyItsOwn(t *testing.T) {
 	needRoot(t)
-	r := newRig(t, privileged)
+	t.Run("agent is root", func(t *testing.T) { reachesOnlyItsOwn(t, newRig(t, privileged)) })
+	t.Run("agent has three capabilities", func(t *testing.T) { reachesOnlyItsOwn(t, newCapableRig(t)) })
+}
+
+func reachesOnlyItsOwn(t *testing.T, r *rig) {
 	m, other := r.tree(appUID), r.tree(otherUID)
 	for _, tree := range []*wire.Tree{m, other} {
 		_, err := r.do(tree)
@@ -137,6 +165,22 @@ func TestInstanceRunsAsItsOwnUserAndReachesOnlyItsOwn(t *testing.T) {
 		}
 	}
 	checkMode(t, m.RunDir+"/x", 0o660, appUID, netGID)
+	for n, kind := range []string{"unix", "tcp"} {
+		s = r.app(uint32(3+n), kind)
+		if kind == "unix" {
+			s.Socket = m.RunDir + "/3.sock"
+			s.Command.Env[3] = "TAKO_APP_SOCKET=" + s.Socket
+		}
+		s.Command.Dir, s.Command.User, s.LogDir = v1, m.User, m.AppDir+"/shared/logs"
+		r.start(s)
+		if p := want[*wire.Probed](r); !p.Good || string(p.Via) != kind {
+			t.Errorf("%s: %+v", kind, p)
+		}
+		must(t, r.conn.Send(0, &wire.Stop{Instance: s.Instance, GraceMS: 5000}))
+		if e := want[*wire.Exited](r); e.Exit != (wire.Exit{}) {
+			t.Errorf("%s: %+v", kind, e)
+		}
+	}
 }
 
 func TestInstanceOfAnotherUserIsRefused(t *testing.T) {
@@ -180,10 +224,14 @@ func TestUnpackMakesAReleaseOfTheAppsGroup(t *testing.T) {
 			if s.Owner != 0 {
 				needRoot(t)
 			}
-			r := newRig(t, s)
-			if s.Owner != 0 {
-				m, uid, gid = r.tree(appUID), ownerUID, appUID
+			var r *rig
+			if s.Owner == 0 {
+				r = newRig(t, s)
 			} else {
+				r = newCapableRig(t)
+				m, uid, gid = r.tree(appUID), ownerUID, appUID
+			}
+			if s.Owner == 0 {
 				m.AppDir, m.RunDir, m.App = r.dir, filepath.Join(r.dir, "run"), "blog"
 			}
 			_, err := r.do(m)

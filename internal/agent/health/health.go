@@ -8,6 +8,7 @@ package health
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -16,6 +17,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"tako/internal/tako"
 	"tako/internal/wire"
@@ -209,7 +212,7 @@ type rank int
 
 const (
 	nowhere  rank = iota // nothing was there
-	stranger             // somebody else's listener
+	stranger             // a listener, of somebody else or with a full queue
 	accepted             // a connection, and no answer
 	answered             // an answer that was not good
 )
@@ -240,6 +243,9 @@ func (t *Target) ask(ctx context.Context, via wire.Transport, limit time.Duratio
 	if err != nil {
 		if s, ok := err.(*StrangerError); ok { //nolint:errorlint // Dial returns it bare
 			return answer{rank: stranger, detail: s.Error()}, true
+		}
+		if errors.Is(err, unix.EAGAIN) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded) {
+			return answer{rank: stranger, detail: "it listens and takes no connections: its queue is full"}, true
 		}
 		return answer{detail: t.nobody()}, true
 	}

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -68,9 +69,10 @@ type Log struct {
 	gid   uint32
 	rates bucket
 
-	mu      sync.Mutex
-	max     int64
-	files   int
+	max   atomic.Int64
+	files atomic.Int32
+
+	mu      sync.Mutex                         // held over writes to the disk
 	folder  ipc.FD                             // dir, while file is open
 	open    func(name string) (logFile, error) // openFile, but for tests
 	file    logFile
@@ -137,6 +139,7 @@ func openFolder(dir string, gid uint32) (ipc.FD, error) {
 }
 
 // Resize changes when files are rotated and how many are kept, LogName included.
+// It never waits.
 func (l *Log) Resize(maxBytes int64, files int) {
 	if maxBytes <= 0 {
 		maxBytes = DefaultLogBytes
@@ -144,12 +147,12 @@ func (l *Log) Resize(maxBytes int64, files int) {
 	if files <= 0 {
 		files = DefaultLogFiles
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.max, l.files = max(maxBytes, MinLogBytes), min(files, MaxLogFiles)
+	l.max.Store(max(maxBytes, MinLogBytes))
+	l.files.Store(int32(min(files, MaxLogFiles))) //nolint:gosec // bounded
 }
 
-// Close closes the file. A later line opens it again.
+// Close closes the file, after a write that is under way. A later line opens it
+// again.
 func (l *Log) Close() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -244,7 +247,7 @@ func (l *Log) put(now time.Time, b []byte) error {
 		}
 		l.tryAt = time.Time{}
 	}
-	if l.size > 0 && l.size+int64(len(b)) > l.max {
+	if l.size > 0 && l.size+int64(len(b)) > l.max.Load() {
 		if err := l.rotate(); err != nil {
 			return err
 		}
@@ -277,14 +280,14 @@ func (l *Log) rotate() error {
 		}
 		return LogName + "." + strconv.Itoa(i)
 	}
-	dir := int(l.folder)
-	if l.files == 1 {
+	dir, files := int(l.folder), int(l.files.Load())
+	if files == 1 {
 		_ = unix.Unlinkat(dir, name(0), 0) //nolint:errcheck // then it grows on
 	}
-	for i := l.files - 1; i > 0; i-- {
+	for i := files - 1; i > 0; i-- {
 		_ = unix.Renameat(dir, name(i-1), dir, name(i)) //nolint:errcheck // it may not be there
 	}
-	for i := l.files; i < MaxLogFiles && unix.Unlinkat(dir, name(i), 0) == nil; i++ {
+	for i := files; i < MaxLogFiles && unix.Unlinkat(dir, name(i), 0) == nil; i++ {
 		// fewer files are wanted than before
 	}
 	return l.beginFile()
