@@ -68,7 +68,7 @@ func testApp(kind string) {
 			io.WriteString(os.Stdout, line)
 		}
 		go serve("tcp", tcp, 200)
-	case "stubborn":
+	case "stubborn", "leave-behind":
 		signal.Ignore(syscall.SIGTERM)
 		self, _ := os.Executable()
 		p, err := os.StartProcess(self, []string{self, "test-app", "deaf"}, &os.ProcAttr{Env: os.Environ(), Files: []*os.File{os.Stdin, os.Stdout, os.Stderr}})
@@ -76,6 +76,9 @@ func testApp(kind string) {
 			panic(err)
 		}
 		fmt.Println("grandchild", p.Pid)
+		if kind == "leave-behind" {
+			return
+		}
 		go serve("tcp", tcp, 200)
 		select {}
 	case "deaf":
