@@ -352,6 +352,11 @@ func TestHostSpeaksThroughSSH(t *testing.T) {
 	if want := "-T\n--\nme@box\ntakoctl dial-stdio --socket=" + quote(odd) + "\n"; string(args) != want {
 		t.Errorf("ssh was called with %q, want %q", args, want)
 	}
+	ctl(t, map[string]string{"TAKO_SSH": ssh, "TAKO_SOCKET": socket}, "", "--host", "me@box", "list")
+	args, _ = os.ReadFile(log)
+	if want := "-T\n--\nme@box\ntakoctl dial-stdio\n"; string(args) != want {
+		t.Errorf("this machine's TAKO_SOCKET went along: %q, want %q", args, want)
+	}
 	code, _, errs = ctl(t, map[string]string{"TAKO_SSH": ssh}, "", "--host", "me@box", "--socket", "/nowhere/s", "list")
 	if code != ExitUnreachable || !strings.Contains(errs, "ssh to me@box: exit status 3") {
 		t.Errorf("without a server there: code %d, %q", code, errs)

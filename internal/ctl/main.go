@@ -178,7 +178,7 @@ func (r *run) root() *cobra.Command {
   takoctl logs blog -f`,
 		SilenceErrors: true, SilenceUsage: true, Version: version.String(),
 		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error {
-			if r.socket == "" {
+			if r.socket == "" && r.host == "" { // TAKO_SOCKET is about this machine
 				r.socket = r.Getenv("TAKO_SOCKET")
 			}
 			if r.host != "" {
