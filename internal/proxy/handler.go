@@ -223,17 +223,17 @@ func (h *handler) refuse(w http.ResponseWriter, r *http.Request, fl *flight, err
 	case errors.Is(err, errCut):
 		w.Header().Set("Connection", "close")
 		answer(w, r, http.StatusServiceUnavailable, "Service Unavailable")
-	case r.Context().Err() != nil:
+	case isBody && errors.Is(bad, os.ErrDeadlineExceeded):
+		answer(w, r, http.StatusRequestTimeout, "Request Timeout")
+	case isBody:
+		answer(w, r, http.StatusBadRequest, "Bad Request")
+	case errors.Is(err, context.Canceled):
 		panic(http.ErrAbortHandler) // nobody is there to read an answer
 	case errors.Is(err, upstream.ErrFull):
 		w.Header().Set("Retry-After", strconv.Itoa(refusedInstances.retryAfterS))
 		answer(w, r, refusedInstances.status, refusedInstances.body)
 	case errors.Is(err, upstream.ErrTimeout):
 		answer(w, r, http.StatusGatewayTimeout, "Gateway Timeout")
-	case isBody && errors.Is(bad, os.ErrDeadlineExceeded):
-		answer(w, r, http.StatusRequestTimeout, "Request Timeout")
-	case isBody:
-		answer(w, r, http.StatusBadRequest, "Bad Request")
 	default:
 		h.log.Debug("no answer from the app", "app", fl.app.id, "error", err)
 		answer(w, r, http.StatusBadGateway, "Bad Gateway")

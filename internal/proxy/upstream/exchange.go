@@ -236,7 +236,7 @@ type exchange struct {
 	claim    atomic.Int32 // who came first: claimedToSend or claimedToStop
 	complete atomic.Bool  // the body was read to its end
 	sent     bool         // and written; after done
-	bodyErr  error        // the client's fault; after done
+	bodyErr  atomic.Pointer[BodyError]
 
 	mu      sync.Mutex // orders the setting of the read deadline
 	hasHead bool       // guarded by mu
@@ -259,12 +259,17 @@ func (x *exchange) run(ctx context.Context, head []byte) (*Response, error) {
 	c.read = 0
 	x.stop = context.AfterFunc(ctx, func() { _ = c.Conn.Close() })
 	fail := func(err error) (*Response, error) {
+		// Looked at before join, which may itself make the reading fail.
+		ended, bodyErr := ctx.Err() != nil, x.bodyErr.Load()
 		x.end(false)
 		x.join()
+		if ended && bodyErr == nil && errors.Is(context.Cause(ctx), context.Canceled) {
+			bodyErr = x.bodyErr.Load() // a server may end ctx when reading fails
+		}
 		switch {
-		case x.bodyErr != nil:
-			return nil, &BodyError{Err: x.bodyErr}
-		case ctx.Err() != nil:
+		case bodyErr != nil:
+			return nil, bodyErr
+		case ended:
 			return nil, context.Cause(ctx)
 		case isTimeout(err):
 			return nil, ErrTimeout
@@ -423,14 +428,14 @@ func (x *exchange) send() {
 	for {
 		n, err := x.req.Body.Read(*buf)
 		if err != nil && err != io.EOF { //nolint:errorlint // readers return it bare
-			x.bodyErr = err
+			x.bodyErr.Store(&BodyError{Err: err})
 			_ = x.c.Conn.Close() // the instance must not take what it got for the whole
 			return
 		}
 		last := err != nil
 		if !chunked {
 			if left -= int64(n); left < 0 || last && left > 0 {
-				x.bodyErr = fmt.Errorf("its length is not the %d bytes announced", x.req.ContentLength)
+				x.bodyErr.Store(&BodyError{Err: fmt.Errorf("its length is not the %d bytes announced", x.req.ContentLength)})
 				_ = x.c.Conn.Close()
 				return
 			}
