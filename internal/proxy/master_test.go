@@ -43,6 +43,8 @@ type master struct {
 	done       chan error // of Run
 	stop       context.CancelFunc
 	plain, tls string // addresses
+	files      []ipc.FD
+	shared     *master // whose listeners to use, or nil
 	revision   uint64
 	ports      sync.Map // instance → address on TCP
 	keys       sync.Map // SHA-256 of the public key → *ecdsa.PrivateKey
@@ -127,7 +129,12 @@ func (m *master) configure(trusted ...string) {
 		files = append(files, ipc.FD(f.Fd()))
 		return l.Addr().String()
 	}
-	m.plain, m.tls = addr(), addr()
+	if m.shared != nil {
+		m.plain, m.tls, files = m.shared.plain, m.shared.tls, m.shared.files
+	} else {
+		m.plain, m.tls = addr(), addr()
+	}
+	m.files = files
 	m.send(&wire.Listeners{Names: []string{wire.ListenerHTTP, wire.ListenerHTTPS}}, files...)
 	m.side(&wire.Signer{}, wire.LinkSigning, m.sign)
 	m.side(&wire.Dialer{}, wire.LinkDialing, m.dial)
