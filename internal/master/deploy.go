@@ -99,6 +99,11 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 	if err := a.tree(ctx, b, false); err != nil {
 		return none, err
 	}
+	if r.install {
+		if err := a.releaseCommand(ctx, b, progress); err != nil {
+			return none, err
+		}
+	}
 	// New instances start from these; they replace secrets.json after the commit.
 	if err := release.WriteSecrets(a.layout.SecretsNext(), r.secrets); err != nil {
 		return none, tako.Errorf(tako.CodeFailed, "Failed to write secrets: %v", err)
@@ -356,33 +361,59 @@ func (a *app) install(ctx context.Context, b *build, progress management.Progres
 	}
 	progress("running the install step: " + command)
 	limit := b.manifest.Timeouts.Install
-	ctx, cancel := context.WithTimeout(ctx, limit+30*time.Second)
+	ran, err := a.runStep(ctx, b, "install", release.Shell(command), limit)
+	switch {
+	case err != nil:
+		return tako.Errorf(tako.CodeFailed, "Invalid app release: Failed to run release install command '%s' in %s: %v", command, b.dir, err)
+	case ran.TimedOut:
+		return tako.Errorf(tako.CodeFailed, "Invalid app release: Release dependency install did not end within %s%s", limit, outputOf(ran))
+	case ran.Exit.Code != 0:
+		return tako.Errorf(tako.CodeFailed, "Invalid app release: Release dependency install failed (%s)%s", exitText(ran.Exit), outputOf(ran))
+	}
+	return nil
+}
+
+// releaseCommand runs the release command (migrations), once per deploy, before
+// any new instance, as the app's user with the app's environment.
+func (a *app) releaseCommand(ctx context.Context, b *build, progress management.Progress) error {
+	argv := b.manifest.Release
+	if argv == nil {
+		return nil
+	}
+	text := strings.Join(argv, " ")
+	progress("running the release command: " + text)
+	limit := b.manifest.Timeouts.Release
+	ran, err := a.runStep(ctx, b, "release", argv, limit)
+	switch {
+	case err != nil:
+		return tako.Errorf(tako.CodeFailed, "Release command '%s' did not run: %v", text, err)
+	case ran.TimedOut:
+		return tako.Errorf(tako.CodeFailed, "Release command '%s' did not end within %s%s", text, limit, outputOf(ran))
+	case ran.Exit.Code != 0:
+		return tako.Errorf(tako.CodeFailed, "Release command '%s' failed (%s)%s", text, exitText(ran.Exit), outputOf(ran))
+	}
+	return nil
+}
+
+// runStep has the agent run a command of a release to its end.
+func (a *app) runStep(ctx context.Context, b *build, name string, argv []string, limit time.Duration) (*wire.Ran, error) {
+	ctx, cancel := context.WithTimeout(ctx, limit+30*time.Second) // the agent's limit comes first
 	defer cancel()
 	m, err := a.srv.agentCall(ctx, &wire.Run{
-		App: a.id, Name: "install",
-		Command:   wire.Command{Dir: b.dir, Argv: release.Shell(command), Env: environ(a.stepEnvironment(b)), User: a.user()},
+		App: a.id, Name: name,
+		Command:   wire.Command{Dir: b.dir, Argv: argv, Env: environ(a.stepEnvironment(b)), User: a.user()},
 		TimeoutMS: int(limit.Milliseconds()),
 		LogDir:    a.layout.Logs(), LogBytes: LogBytes, LogFiles: LogFiles,
 	})
 	if err != nil {
-		return tako.Errorf(tako.CodeFailed, "Invalid app release: Failed to run release install command '%s' in %s: %v", command, b.dir, err)
+		return nil, err
 	}
 	ran, ok := m.Body.(*wire.Ran)
 	if !ok {
 		m.Discard()
-		return fmt.Errorf("install step: the agent answered %T", m.Body)
+		return nil, fmt.Errorf("the agent answered %T", m.Body)
 	}
-	if ran.TimedOut {
-		return tako.Errorf(tako.CodeFailed, "Invalid app release: Release dependency install did not end within %s%s", limit, outputOf(ran))
-	}
-	if ran.Exit.Code != 0 {
-		how := fmt.Sprintf("exit code %d", ran.Exit.Code)
-		if ran.Exit.Signal != "" {
-			how = "terminated by signal"
-		}
-		return tako.Errorf(tako.CodeFailed, "Invalid app release: Release dependency install failed (%s)%s", how, outputOf(ran))
-	}
-	return nil
+	return ran, nil
 }
 
 // outputOf is the beginning of what a step said, standard error first.
