@@ -97,7 +97,8 @@ func (r *Record) Discard() {
 // A Channel is one end of the socketpair. Send may be called from any goroutine;
 // Receive from one at a time. Close may come twice and unblocks both.
 type Channel struct {
-	conn *net.UnixConn
+	conn    *net.UnixConn
+	timeout time.Duration // SendTimeout; tests have less patience
 
 	sendMu  sync.Mutex
 	sendBuf []byte // guarded by sendMu
@@ -151,8 +152,9 @@ func Open(fd FD) (*Channel, error) {
 	}
 	return &Channel{
 		conn:    u,
+		timeout: SendTimeout,
 		sendBuf: make([]byte, 0, HeaderSize+MaxInline),
-		recvBuf: make([]byte, HeaderSize+MaxInline+1),
+		recvBuf: make([]byte, HeaderSize+MaxInline), // more is cut, and flagged
 		recvOOB: make([]byte, unix.CmsgSpace((MaxFiles+1)*4)),
 	}, nil
 }
@@ -161,7 +163,8 @@ func Open(fd FD) (*Channel, error) {
 func (c *Channel) Close() error { return c.conn.Close() }
 
 // Send writes one record, its descriptors duplicated on the way. It waits for a
-// full peer, SendTimeout at most.
+// full peer, SendTimeout at most; the error is then os.ErrDeadlineExceeded. After
+// Close it is net.ErrClosed, after the peer's Close unix.EPIPE.
 func (c *Channel) Send(r Record) error {
 	if len(r.Files) > MaxFiles {
 		return fmt.Errorf("send kind %d: %d descriptors, the limit is %d", r.Kind, len(r.Files), MaxFiles)
@@ -194,7 +197,7 @@ func (c *Channel) Send(r Record) error {
 	putHeader(b, r.Kind, flags, len(files), r.ID)
 	b = append(b, body...)
 	c.sendBuf = b[:0]
-	if err := c.conn.SetWriteDeadline(time.Now().Add(SendTimeout)); err != nil {
+	if err := c.conn.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
 		return fmt.Errorf("send kind %d: %w", r.Kind, err)
 	}
 	n, _, err := c.conn.WriteMsgUnix(b, oob, nil)
