@@ -94,7 +94,11 @@ func (c *Conn) send(id uint64, flags ipc.Flags, body any, files []ipc.FD) error 
 	if rule == nil {
 		return fmt.Errorf("%s may not send %T on %s", c.out.role, body, c.link)
 	}
-	if err := c.out.permit(rule, flags, body, len(files)); err != nil {
+	err := c.out.permit(rule, flags)
+	if err == nil {
+		err = rule.count(body, len(files))
+	}
+	if err != nil {
 		return fmt.Errorf("send %T on %s: %w", body, c.link, err)
 	}
 	b, err := json.Marshal(body)
@@ -132,10 +136,14 @@ func (s *side) accept(rec ipc.Record) (Message, error) {
 	}
 	rule := &s.rules[i]
 	body := rule.New()
-	if err := decode(rec.Body, body); err != nil {
-		return Message{}, fmt.Errorf("%w: kind %d: %w", ipc.ErrProtocol, kind, err)
+	err := s.permit(rule, rec.Flags)
+	if err == nil { // only what is permitted is worth reading
+		err = decode(rec.Body, body)
 	}
-	if err := s.permit(rule, rec.Flags, body, len(rec.Files)); err != nil {
+	if err == nil {
+		err = rule.count(body, len(rec.Files))
+	}
+	if err != nil {
 		return Message{}, fmt.Errorf("%w: kind %d: %w", ipc.ErrProtocol, kind, err)
 	}
 	s.moved(rule)
@@ -145,14 +153,15 @@ func (s *side) accept(rec ipc.Record) (Message, error) {
 func (s *side) byType(body any) *Rule {
 	t := reflect.TypeOf(body)
 	for i := range s.rules {
-		if reflect.TypeOf(s.rules[i].New()) == t {
+		if s.rules[i].body == t {
 			return &s.rules[i]
 		}
 	}
 	return nil
 }
 
-func (s *side) permit(rule *Rule, flags ipc.Flags, body any, files int) error {
+// permit says whether the rule holds now, for what can be told without the body.
+func (s *side) permit(rule *Rule, flags ipc.Flags) error {
 	if !slices.Contains(rule.In, s.state) {
 		return fmt.Errorf("not permitted while %s", s.state)
 	}
@@ -162,9 +171,14 @@ func (s *side) permit(rule *Rule, flags ipc.Flags, body any, files int) error {
 	if rule.Reply != (flags&ipc.Reply != 0) || (rule.Kind == KindFault) != (flags&ipc.Failed != 0) {
 		return fmt.Errorf("flags %#x do not fit", flags)
 	}
-	want := rule.Files
-	if rule.FilesOf != nil {
-		want = rule.FilesOf(body)
+	return nil
+}
+
+// count says whether so many descriptors belong to the message.
+func (r *Rule) count(body any, files int) error {
+	want := r.Files
+	if r.FilesOf != nil {
+		want = r.FilesOf(body)
 	}
 	if files != want {
 		return fmt.Errorf("%d descriptors, want %d", files, want)

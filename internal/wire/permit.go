@@ -1,5 +1,7 @@
 package wire
 
+import "reflect"
+
 // State is how far one direction of a channel has come. Each direction has its
 // own: only a side's own messages move it, so the two can never disagree.
 type State uint8
@@ -46,6 +48,8 @@ type Rule struct {
 	Next State
 	// New returns a pointer to an empty message.
 	New func() any
+
+	body reflect.Type // of what New returns
 }
 
 // A Link is a channel's kind: who speaks with whom.
@@ -71,7 +75,7 @@ var (
 func of[T any]() func() any { return func() any { return new(T) } }
 
 // permits is the whole of what may be said: link, side, kinds.
-var permits = map[Link]map[Role][]Rule{
+var permits = typed(map[Link]map[Role][]Rule{
 	LinkProxy: {
 		Master: {
 			{Kind: KindHello, In: begin, Next: Configuring, New: of[Hello]()},
@@ -137,4 +141,16 @@ var permits = map[Link]map[Role][]Rule{
 		Proxy: {{Kind: KindDial, In: begin, New: of[Dial]()}},
 		Agent: {{Kind: KindDialed, In: begin, Reply: true, Files: 1, New: of[Dialed]()}, {Kind: KindFault, In: begin, Reply: true, New: of[Fault]()}},
 	},
+})
+
+// typed notes the type of each message, so that Send need not make one to know.
+func typed(links map[Link]map[Role][]Rule) map[Link]map[Role][]Rule {
+	for _, sides := range links {
+		for _, rules := range sides {
+			for i := range rules {
+				rules[i].body = reflect.TypeOf(rules[i].New())
+			}
+		}
+	}
+	return links
 }
