@@ -62,7 +62,7 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 		log:       log,
 		instances: make(map[tako.InstanceID]*instance),
 		logs:      make(map[string]*sharedLog),
-		events:    make(chan any, 64),
+		events:    make(chan any), // without a buffer: what is taken is acted on
 		calls:     make(chan struct{}, MaxCalls),
 		dialers:   make(chan struct{}, MaxDialers),
 	}

@@ -295,6 +295,26 @@ func TestTenMebibytesBeforeListeningDoNotKeepAnInstanceFromComingUp(t *testing.T
 	}
 }
 
+func TestFloodingInstanceDelaysNoOtherAndCanBeStopped(t *testing.T) {
+	r := newRig(t, unprivileged)
+	flood := r.app(1, "endless")
+	flood.LogBytes, flood.LogFiles, flood.ReadyMS = 1<<20, 2, 600_000
+	r.start(flood)
+	m := r.app(2, "tcp")
+	m.LogDir = filepath.Join(r.dir, "other")
+	must(t, os.Mkdir(m.LogDir, 0o755))
+	r.start(m)
+	for streak := 1; streak <= 10; streak++ {
+		if p := want[*wire.Probed](r); !p.Good || p.Streak != streak || p.Instance != m.Instance {
+			t.Fatalf("probe %d: %+v", streak, p)
+		}
+	}
+	must(t, r.conn.Send(0, &wire.Stop{Instance: flood.Instance, GraceMS: 100}))
+	if e := want[*wire.Exited](r); e.Instance != flood.Instance || e.Exit.Signal != "SIGKILL" || len(e.LastLines) != wire.MaxLastLines {
+		t.Fatalf("%+v", e)
+	}
+}
+
 func TestStopKillsTheWholeGroupAfterTheGrace(t *testing.T) {
 	r := newRig(t, unprivileged)
 	m := r.app(1, "stubborn")

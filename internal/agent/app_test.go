@@ -68,6 +68,11 @@ func testApp(kind string) {
 			io.WriteString(os.Stdout, line)
 		}
 		go serve("tcp", tcp, 200)
+	case "endless":
+		line := []byte(strings.Repeat("x", 1023) + "\n")
+		for {
+			os.Stdout.Write(line)
+		}
 	case "stubborn", "leave-behind":
 		signal.Ignore(syscall.SIGTERM)
 		self, _ := os.Executable()

@@ -26,7 +26,7 @@ func bare(t *testing.T) (*agent, *wire.Conn) {
 	work, cancel := context.WithCancel(context.Background())
 	a := &agent{
 		conn: wire.NewConn(ch, wire.LinkAgent, wire.Agent), log: hclog.NewNullLogger(), settings: unprivileged,
-		instances: make(map[tako.InstanceID]*instance), logs: make(map[string]*sharedLog), events: make(chan any, 64),
+		instances: make(map[tako.InstanceID]*instance), logs: make(map[string]*sharedLog), events: make(chan any),
 		calls: make(chan struct{}, MaxCalls), dialers: make(chan struct{}, MaxDialers), work: work, all: new(sync.WaitGroup),
 	}
 	master := wire.NewConn(ours, wire.LinkAgent, wire.Master)
