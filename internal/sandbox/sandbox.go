@@ -280,5 +280,5 @@ func resetSignals() error {
 // setName names the process for people; a program executed by descriptor would
 // be called by its number.
 func setName(name string) {
-	_ = os.WriteFile("/proc/self/comm", []byte(name), 0) //nolint:errcheck // for people only
+	_ = os.WriteFile("/proc/self/comm", []byte(name), 0) // for people only
 }
