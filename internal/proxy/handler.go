@@ -57,9 +57,18 @@ func answer(w http.ResponseWriter, r *http.Request, status int, body string) {
 		h.Set("Connection", "close")
 		_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(LingerTime))
 	}
+	renew(w, r)
 	w.WriteHeader(status)
 	if r.Method != http.MethodHead {
 		_, _ = io.WriteString(w, body) // a client that has gone needs no answer
+	}
+}
+
+// renew gives the next writes to the client ReplyTime. HTTP/2 has a limit for
+// each connection instead, since a stream's would run while nothing is written.
+func renew(w http.ResponseWriter, r *http.Request) {
+	if r.ProtoMajor == 1 {
+		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(ReplyTime))
 	}
 }
 
@@ -73,11 +82,11 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			panic(http.ErrAbortHandler)
 		}
 	}()
-	if h.draining.Load() {
+	// A request with both Content-Length and Transfer-Encoding cannot be told from
+	// one with the latter alone here: after either, nothing more is read as a
+	// request of this connection.
+	if h.draining.Load() || r.ProtoMajor == 1 && len(r.TransferEncoding) > 0 {
 		w.Header().Set("Connection", "close")
-	}
-	if r.ProtoMajor == 1 {
-		_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(ReplyTime))
 	}
 	name, ok := splitHost(r.Host)
 	if hosts := r.Header["Host"]; !ok || len(hosts) > 0 && (len(hosts) > 1 || !strings.EqualFold(hosts[0], r.Host)) {
@@ -133,7 +142,7 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 		req.Body, req.StopBody, req.Trailer = body, body.stop, body.trailer
 	}
 	if r.ProtoAtLeast(1, 1) {
-		req.Informational = func(status int, from http.Header) { informational(w, status, from) }
+		req.Informational = func(status int, from http.Header) { informational(w, r, status, from) }
 	}
 
 	resp, err := h.exchange(ctx, fl, req, func() {
@@ -165,6 +174,7 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 	if isEventStream(resp.Header) {
 		fl.becomeStream()
 	}
+	renew(w, r)
 	w.WriteHeader(resp.Status)
 	if err := reply(w, rc, r, resp); err != nil {
 		h.log.Debug("answer cut", "app", a.id, "instance", fl.inst.id, "error", err)
@@ -258,8 +268,8 @@ func reply(w http.ResponseWriter, rc *http.ResponseController, r *http.Request, 
 	for {
 		n, err := resp.Body.Read(*buf)
 		if n > 0 {
-			if now := time.Now(); r.ProtoMajor == 1 && now.Sub(renewed) > deadlineSlack {
-				_ = rc.SetWriteDeadline(now.Add(ReplyTime))
+			if now := time.Now(); now.Sub(renewed) > deadlineSlack {
+				renew(w, r)
 				renewed = now
 			}
 			if _, werr := w.Write((*buf)[:n]); werr != nil {
@@ -287,7 +297,8 @@ func isEventStream(h http.Header) bool {
 }
 
 // informational passes on an answer before the answer.
-func informational(w http.ResponseWriter, status int, from http.Header) {
+func informational(w http.ResponseWriter, r *http.Request, status int, from http.Header) {
+	renew(w, r)
 	h := w.Header()
 	before := h.Clone()
 	responseHeader(h, from)
