@@ -67,7 +67,7 @@ type FD int
 // Close closes the descriptor. Closing a value that is not positive does nothing.
 func (fd FD) Close() {
 	if fd > 0 {
-		_ = unix.Close(int(fd)) //nolint:errcheck // nothing is to be done about it
+		_ = unix.Close(int(fd)) // nothing is to be done about an error
 	}
 }
 
