@@ -116,7 +116,7 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 	if err != nil {
 		return fail(fmt.Errorf("program: %w", err))
 	}
-	defer unix.Close(program) //nolint:errcheck // read only
+	defer unix.Close(program)
 
 	argv := []string{spec.Role}
 	if spec.Identity != nil {
