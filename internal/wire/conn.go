@@ -200,7 +200,7 @@ func decode(b []byte, into any) error {
 	if err := dec.Decode(into); err != nil {
 		return fmt.Errorf("body: %w", err)
 	}
-	if _, err := dec.Token(); err != io.EOF { //nolint:errorlint // Token returns it bare
+	if _, err := dec.Token(); err != io.EOF {
 		return fmt.Errorf("body: bytes left over")
 	}
 	return nil
