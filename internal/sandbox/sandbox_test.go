@@ -118,7 +118,7 @@ func look() {
 // it saw, or its error.
 func run(t testing.TB, act string, attr *syscall.SysProcAttr, args ...string) (seen, error) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "sandbox") // t.TempDir is closed to others
+	dir, err := os.MkdirTemp("", "sandbox") //nolint:usetesting // t.TempDir is closed to other users
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -298,7 +298,7 @@ func TestVerifyFindsWhatIsLeft(t *testing.T) {
 
 func TestExec(t *testing.T) {
 	needRoot(t)
-	bin, err := os.MkdirTemp("", "sandbox")
+	bin, err := os.MkdirTemp("", "sandbox") //nolint:usetesting // t.TempDir is closed to other users
 	if err != nil {
 		t.Fatal(err)
 	}
