@@ -311,8 +311,8 @@ func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
 // marked an instance of conf, is there.
 func (a *app) waitForChange(conf *appConf) {
 	if a.conf.Load() == conf {
-		a.mu.Lock()   // held by change
-		a.mu.Unlock() //nolint:staticcheck // nothing is to be done in between
+		a.mu.Lock() // change holds it
+		defer a.mu.Unlock()
 	}
 }
 

@@ -331,12 +331,12 @@ func TestIdleConnectionsAreClosedInTime(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		time.Sleep(IdleTime - 1)
+		time.Sleep(IdleTime - time.Millisecond)
 		p.Sweep(time.Now())
 		if open, idle := p.Conns(); open != 1 || idle != 1 {
 			t.Errorf("before IdleTime: %d open, %d idle", open, idle)
 		}
-		time.Sleep(1)
+		time.Sleep(time.Millisecond)
 		p.Sweep(time.Now())
 		if open, idle := p.Conns(); open != 0 || idle != 0 {
 			t.Errorf("after IdleTime: %d open, %d idle", open, idle)
