@@ -39,6 +39,13 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 	})
 	defer late.Stop()
 	go l.beat(ctx)
+	go func() {
+		select {
+		case <-ctx.Done():
+			l.end(errNoServer) // at the end of its channel it stops its instances and leaves
+		case <-l.ended:
+		}
+	}()
 	l.receive(func() {
 		ready = time.Now()
 		s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)

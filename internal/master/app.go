@@ -194,7 +194,8 @@ func (a *app) startInstance(act rollout.StartInstance) {
 		LogDir:   a.layout.Logs(),
 		LogBytes: LogBytes,
 		LogFiles: LogFiles,
-		ReadyMS:  int(m.Timeouts.Ready.Milliseconds()),
+		// A little before we give it up, so that it can still say what is wrong.
+		ReadyMS: int((m.Timeouts.Ready * 19 / 20).Milliseconds()),
 	})
 	if err != nil {
 		n := act.N

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"github.com/BurntSushi/toml"
 	"github.com/spf13/pflag"
@@ -115,8 +116,8 @@ func LoadSettings(f *pflag.FlagSet, c *Config) error {
 		path = filepath.Join(c.DataDir, paths.SettingsName)
 	}
 	file, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) && !asked {
-		return nil
+	if !asked && (errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)) {
+		return nil // if the data root is no good, that is said with more words later
 	}
 	if err != nil {
 		return fmt.Errorf("settings: %w", err)

@@ -206,11 +206,14 @@ func (s *server) openSockets() (mgmt *net.UnixListener, closeAll func(), err err
 
 // serve runs the children, the apps and the management socket until ctx ends.
 func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store.App) error {
-	children, leave := context.WithCancel(context.WithoutCancel(ctx))
-	defer leave()
+	// The children's own contexts: the proxies leave first, then the agent.
+	proxying, endProxies := context.WithCancel(context.WithoutCancel(ctx))
+	defer endProxies()
+	running, endAgent := context.WithCancel(context.WithoutCancel(ctx))
+	defer endAgent()
 	var agents, proxies, rest sync.WaitGroup
-	agents.Go(func() { s.keep(children, wire.Agent, s.runAgent) })
-	proxies.Go(func() { s.keep(children, wire.Proxy, s.runProxy) })
+	agents.Go(func() { s.keep(running, wire.Agent, s.runAgent) })
+	proxies.Go(func() { s.keep(proxying, wire.Proxy, s.runProxy) })
 
 	restored := make(chan struct{})
 	rest.Go(func() {
@@ -251,37 +254,24 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	s.log.Info("stopping")
 	s.notify(daemon.SdNotifyStopping)
 	close(s.stopping)
-	leave() // nothing is started again
 	commands.Wait()
-	return errors.Join(err, s.leave(&proxies, &agents, &rest))
-}
-
-// leave stops the children in order: the proxies finish what they accepted, then
-// the instances end.
-func (s *server) leave(proxies, agents, rest *sync.WaitGroup) error {
-	for _, l := range s.proxies.all() {
-		l.post(&wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
-	}
-	if !within(StopRequests+5*time.Second, proxies) {
+	// In order: the proxies finish what they accepted, then the instances end.
+	endProxies()
+	if !within(StopRequests+5*time.Second, &proxies) {
 		for _, l := range s.proxies.all() {
 			s.log.Error("proxy does not leave: killed", logging.PID, l.child.PID)
 			l.kill(errors.New("it did not leave"))
 		}
 		proxies.Wait()
 	}
-	s.agentMu.Lock()
-	agent := s.agent
-	s.agentMu.Unlock()
-	if agent != nil {
-		agent.end(errNoServer)
-	}
+	endAgent()
 	agents.Wait() // bounded by ChildLeave
 	rest.Wait()
 	for _, a := range s.allApps() {
 		a.timer.Stop()
 	}
 	s.log.Info("stopped")
-	return nil
+	return err
 }
 
 // within waits for a group at most so long.

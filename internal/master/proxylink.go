@@ -108,6 +108,19 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 		}
 	}()
 	go l.beat(ctx)
+	go func() {
+		select {
+		case <-ctx.Done():
+		case <-l.ended:
+			return
+		}
+		if l.ready.Load() {
+			l.setState("draining")
+			l.post(&wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
+		} else {
+			l.kill(errNoServer)
+		}
+	}()
 	l.receive(func() {
 		ready = time.Now()
 		s.log.Info("tako-proxy is ready", "pid", l.child.PID, "generation", generation)
