@@ -34,6 +34,12 @@ type Options struct {
 	Flags []string
 	// Env is added to the environment of this process.
 	Env []string
+	// User is who the server runs as, by number; 0 is who the test runs as. Only
+	// root can choose.
+	User uint32
+	// Data is the data root; "" is a folder of the server's own. Close leaves
+	// what it does not own.
+	Data string
 }
 
 // Server is a tako-master with its children. Its methods may be called from any
@@ -78,6 +84,12 @@ func New(o Options) (*Server, error) {
 		if err == nil {
 			err = os.Link(filepath.Join(programs, p), filepath.Join(bin, p))
 		}
+	}
+	if err == nil && o.User != 0 {
+		err = os.Chown(dir, int(o.User), int(o.User))
+	}
+	if o.Data != "" {
+		s.Data = o.Data
 	}
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
@@ -148,6 +160,9 @@ func (s *Server) Launch() error {
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	// A group of its own: an interrupt at the terminal is for the tests.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if id := s.options.User; id != 0 {
+		s.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
+	}
 	// A process that outlives the server may hold its output open.
 	s.cmd.WaitDelay = time.Second
 	s.done = make(chan struct{})
@@ -369,11 +384,13 @@ func belongs(pid int, dir string) (command string, ok bool) {
 	return command, strings.Contains(command, dir+"/")
 }
 
-// kill ends the process through a handle of the kernel's, if it is still the one
-// that was found.
-func (p Process) kill() error {
+func (p Process) kill() error { return p.signal(os.Kill) }
+
+// signal goes through a handle of the kernel's, if it is still the process that
+// was found.
+func (p Process) signal(sig os.Signal) error {
 	if p.PID <= 1 {
-		return fmt.Errorf("%d is nobody's to kill", p.PID)
+		return fmt.Errorf("%d is nobody's to signal", p.PID)
 	}
 	handle, err := os.FindProcess(p.PID)
 	if err != nil {
@@ -383,17 +400,20 @@ func (p Process) kill() error {
 	if _, still := belongs(p.PID, p.dir); !still {
 		return nil
 	}
-	if err := handle.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return fmt.Errorf("end %v: %w", p, err)
+	if err := handle.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return fmt.Errorf("send %v to %v: %w", sig, p, err)
 	}
 	return nil
 }
 
 // KillProcess ends one process of the server at once, as a crash would.
-func (s *Server) KillProcess(pid int) error {
+func (s *Server) KillProcess(pid int) error { return s.Signal(pid, os.Kill) }
+
+// Signal sends a signal to one process of the server.
+func (s *Server) Signal(pid int, sig os.Signal) error {
 	for _, p := range s.Processes() {
 		if p.PID == pid {
-			return p.kill()
+			return p.signal(sig)
 		}
 	}
 	return fmt.Errorf("%d is not a process of this server", pid)

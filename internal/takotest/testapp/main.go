@@ -20,6 +20,9 @@ import (
 	"time"
 )
 
+// began is when this process got to its own code.
+var began = time.Now()
+
 func main() {
 	var (
 		exit       = flag.Int("exit", -1, "say so and leave at once with this status")
@@ -28,6 +31,8 @@ func main() {
 		on         = flag.String("listen", "any", "any (the socket, else the port), socket, tcp, both, wrong (another port) or never")
 		status     = flag.Int("status", http.StatusOK, "what /status answers")
 		lifetime   = flag.Duration("lifetime", 0, "leave with status 9 after this long")
+		think      = flag.Duration("think", 0, "time that each answer takes, /status too")
+		silent     = flag.Bool("silent", false, "listen, accept and never answer")
 		ignoreTerm = flag.Bool("ignore-term", false, "go on after SIGTERM")
 	)
 	flag.Parse()
@@ -51,7 +56,8 @@ func main() {
 		os.Exit(1)
 	}
 
-	app := &app{status: *status}
+	app := &app{status: *status, think: *think, ownTime: time.Since(began), listenedAt: time.Now()}
+	app.hung.Store(*silent)
 	server := &http.Server{Handler: app.routes(), ReadHeaderTimeout: 10 * time.Second}
 	for _, l := range listeners {
 		fmt.Printf("listening on %s\n", l.Addr())
@@ -112,8 +118,11 @@ func listen(on string) ([]net.Listener, error) {
 }
 
 type app struct {
-	status int
-	hung   atomic.Bool
+	status     int
+	think      time.Duration
+	ownTime    time.Duration // from the start of main to listening
+	listenedAt time.Time
+	hung       atomic.Bool
 }
 
 func (a *app) routes() http.Handler {
@@ -127,12 +136,15 @@ func (a *app) routes() http.Handler {
 	mux.HandleFunc("/hang", func(http.ResponseWriter, *http.Request) { a.hung.Store(true) })
 	mux.HandleFunc("/env", func(w http.ResponseWriter, r *http.Request) { json.NewEncoder(w).Encode(os.Environ()) })
 	mux.HandleFunc("/print", func(w http.ResponseWriter, r *http.Request) { fmt.Println(r.FormValue("line")) })
+	mux.HandleFunc("/flood", flood)
+	mux.HandleFunc("/remove", remove)
 	mux.HandleFunc("/slow", slow)
 	mux.HandleFunc("/bytes", size)
 	mux.HandleFunc("/echo", echo)
 	mux.HandleFunc("/stream", stream)
 	mux.HandleFunc("/upgrade", upgrade)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(a.think)
 		if mux.ServeHTTP(w, r); a.hung.Load() {
 			<-make(chan struct{}) // it hangs: nothing is answered to its end any more
 		}
@@ -151,7 +163,32 @@ func (a *app) about(w http.ResponseWriter, r *http.Request) {
 		"host":     r.Host,
 		"uri":      r.RequestURI,
 		"header":   r.Header,
+
+		"own_time_us": a.ownTime.Microseconds(),
+		"listened_at": a.listenedAt,
 	})
+}
+
+// flood prints ?n= lines of ?size= bytes, each with its number and "flood" in
+// front, and answers when all is printed.
+func flood(w http.ResponseWriter, r *http.Request) {
+	n, _ := strconv.Atoi(r.FormValue("n"))
+	size, _ := strconv.Atoi(r.FormValue("size"))
+	fill := strings.Repeat("y", max(size, 0))
+	out := bufio.NewWriter(os.Stdout)
+	for i := range n {
+		fmt.Fprintf(out, "flood %d %s\n", i, fill)
+	}
+	out.Flush()
+}
+
+// remove removes what is in the working folder, which is the release's.
+func remove(w http.ResponseWriter, _ *http.Request) {
+	entries, err := os.ReadDir(".")
+	for _, e := range entries {
+		err = cmp.Or(err, os.RemoveAll(e.Name()))
+	}
+	fmt.Fprintln(w, err)
 }
 
 // slow answers after ?ms= milliseconds.
