@@ -89,8 +89,9 @@ type (
 	// StartInstance asks for a process of a build. Probed facts follow, and at
 	// its end Exited; or StartFailed alone.
 	StartInstance struct {
-		N     uint32
-		Build Build
+		N       uint32
+		Build   Build
+		Process string
 	}
 	// StopInstance asks for SIGTERM, and SIGKILL after Grace. Exited follows.
 	StopInstance struct {
@@ -154,6 +155,7 @@ type View struct {
 // Instance is one instance in a View.
 type Instance struct {
 	N         uint32
+	Process   string
 	Build     Build
 	State     tako.InstanceState
 	Via       string

@@ -22,6 +22,7 @@ package rollout
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"math"
 	"slices"
 	"time"
@@ -31,7 +32,8 @@ import (
 
 // The numbers of the policy.
 const (
-	// Parallel bounds how many instances of an app come up at one time.
+	// Parallel bounds how many instances of a build come up at one time. A build
+	// that does not come up at all must not keep the next one from doing so.
 	Parallel = 4
 	// ProvenAfter is how many good probes in a row a new build's instance needs.
 	ProvenAfter = 2
@@ -77,13 +79,29 @@ type Plan struct {
 	Instances int // 0 is on demand
 	Idle      time.Duration
 	Timing    Timing
+	// Workers are the processes that have no routes, by name, and how many of
+	// each. They run also while an on-demand app sleeps.
+	Workers map[string]int
 }
+
+// Web is the name of the process that has the routes.
+const Web = ""
 
 // onDemand reports whether instances exist only while they are needed.
 func (p Plan) onDemand() bool { return p.Instances == 0 }
 
-// warm is how many instances a rollout has to prove.
-func (p Plan) warm() int { return max(1, p.Instances) }
+// warm is how many instances of a process a rollout has to prove.
+func (p Plan) warm(process string) int {
+	if process == Web {
+		return max(1, p.Instances)
+	}
+	return p.Workers[process]
+}
+
+// processes are the names of all processes, the web one first.
+func (p Plan) processes() []string {
+	return append([]string{Web}, slices.Sorted(maps.Keys(p.Workers))...)
+}
 
 type phase uint8
 
@@ -113,6 +131,7 @@ const (
 
 type instance struct {
 	n          uint32
+	process    string
 	build      Build
 	stage      stage
 	timing     Timing
@@ -130,6 +149,14 @@ type instance struct {
 	cutAt      time.Time // end of its streams
 }
 
+// pace is how a process is started again after it died.
+type pace struct {
+	crashes   int // in a row
+	crashedAt time.Time
+	nextStart time.Time // no start before
+	trouble   string    // why the last start or instance failed
+}
+
 // App is the state machine of one app. It is not safe for concurrent use.
 type App struct {
 	jitter func() float64 // in [-1, 1]
@@ -142,12 +169,9 @@ type App struct {
 	instances []*instance // by number
 	nextN     uint32
 
-	crashes   int
-	crashedAt time.Time
-	nextStart time.Time // no start before, unless zero
-	trouble   string    // why the last start or instance failed
-	quietAt   time.Time // on demand: since when nothing happened
-	stopping  bool      // a Stop waits for its Done
+	paces    map[string]*pace // by process
+	quietAt  time.Time        // on demand: since when nothing happened
+	stopping bool             // a Stop waits for its Done
 
 	busy  bool // on demand: a request is in flight or waits
 	shown face // what was published last
@@ -171,7 +195,17 @@ func New(jitter func() float64) *App {
 	if jitter == nil {
 		jitter = func() float64 { return 0 }
 	}
-	return &App{jitter: jitter, nextN: 1}
+	return &App{jitter: jitter, nextN: 1, paces: make(map[string]*pace)}
+}
+
+// pace returns the pace of a process.
+func (a *App) pace(process string) *pace {
+	p := a.paces[process]
+	if p == nil {
+		p = &pace{}
+		a.paces[process] = p
+	}
+	return p
 }
 
 // Step takes one fact at a time that never goes back, and returns what is to be
@@ -260,7 +294,7 @@ func (a *App) take(f Fact) {
 			a.quietAt = last
 		}
 	case Wake:
-		if a.have && !a.stopped && a.plan.onDemand() && !a.nextStart.After(a.now) && !a.awake {
+		if a.have && !a.stopped && a.plan.onDemand() && !a.pace(Web).nextStart.After(a.now) && !a.awake {
 			a.awake, a.quietAt = true, a.now
 		}
 	case Scale:
@@ -282,7 +316,7 @@ func (a *App) begin(p Plan) {
 	}
 	a.roll = &roll{plan: p}
 	for _, in := range a.instances {
-		if in.stage == serving {
+		if in.stage == serving && in.process == Web {
 			a.roll.old++
 		}
 	}
@@ -300,7 +334,7 @@ func (a *App) committed(f Committed) {
 	}
 	r.phase = draining
 	a.plan, a.have, a.stopped = r.plan, true, false
-	a.crashes, a.nextStart, a.trouble = 0, time.Time{}, ""
+	clear(a.paces)
 	a.awake, a.quietAt = a.plan.onDemand(), a.now
 	for _, in := range a.instances {
 		switch {
@@ -315,7 +349,7 @@ func (a *App) committed(f Committed) {
 // halt begins a stop by command.
 func (a *App) halt() {
 	a.stopped, a.stopping, a.awake = true, true, false
-	a.crashes, a.nextStart, a.trouble = 0, time.Time{}, ""
+	clear(a.paces)
 	if a.roll != nil && a.roll.failed == nil {
 		a.roll.failed = &Failure{Reason: "the app was stopped"}
 	}
@@ -326,6 +360,10 @@ func (a *App) halt() {
 
 // drain takes an instance out of service, politely.
 func (a *App) drain(in *instance) {
+	if in.process != Web {
+		a.stop(in) // it has no traffic
+		return
+	}
 	switch in.stage {
 	case serving:
 		in.stage, in.quiet = drained, false
@@ -349,11 +387,11 @@ func (a *App) remove(in *instance) {
 	a.instances = slices.DeleteFunc(a.instances, func(x *instance) bool { return x == in })
 }
 
-func (a *App) start(p Plan) {
-	in := &instance{n: a.nextN, build: p.Build, timing: p.Timing, startedAt: a.now}
+func (a *App) start(p Plan, process string) {
+	in := &instance{n: a.nextN, process: process, build: p.Build, timing: p.Timing, startedAt: a.now}
 	a.nextN++
 	a.instances = append(a.instances, in)
-	a.do(StartInstance{N: in.n, Build: p.Build})
+	a.do(StartInstance{N: in.n, Build: p.Build, Process: process})
 }
 
 // probed takes the outcome of a probe.
@@ -365,8 +403,7 @@ func (a *App) probed(in *instance, f Probed) {
 		}
 		if in.stage == serving && in.bad >= DeadAfter && !in.condemned {
 			in.condemned = true
-			a.trouble = fmt.Sprintf("instance %d failed %d probes in a row: %s", in.n, in.bad, f.Detail)
-			a.crashed(in)
+			a.crashed(in, fmt.Sprintf("failed %d probes in a row: %s", in.bad, f.Detail))
 		}
 		return
 	}
@@ -400,9 +437,8 @@ func (a *App) failed(in *instance, f Failure) {
 	if in.build != a.plan.Build {
 		return
 	}
-	a.trouble = fmt.Sprintf("instance %d: %s", f.N, f.Reason)
 	if !in.condemned { // that was counted when it was condemned
-		a.crashed(in)
+		a.crashed(in, f.Reason)
 	}
 }
 
@@ -413,23 +449,28 @@ func (a *App) rollFailed(in *instance, f Failure) {
 }
 
 // crashed counts a crash and sets the time of the next start.
-func (a *App) crashed(in *instance) {
-	a.crashedAt = a.now
+func (a *App) crashed(in *instance, why string) {
+	p := a.pace(in.process)
+	p.crashedAt = a.now
+	p.trouble = fmt.Sprintf("instance %d: %s", in.n, why)
+	if in.process != Web {
+		p.trouble = fmt.Sprintf("process %s, %s", in.process, p.trouble)
+	}
 	if in.stage == serving && a.now.Sub(in.servedAt) >= HealthyAfter {
-		a.crashes, a.nextStart = 0, a.now // it was well for long: at once
+		p.crashes, p.nextStart = 0, a.now // it was well for long: at once
 		return
 	}
-	a.crashes++
+	p.crashes++
 	pause := BackoffFirst
-	if doublings := a.crashes - 1; doublings < 10 {
+	if doublings := p.crashes - 1; doublings < 10 {
 		pause <<= doublings
 	} else {
 		pause = BackoffMost
 	}
 	pause = min(pause, BackoffMost)
 	pause += time.Duration(float64(pause) * BackoffJitter * a.jitter())
-	a.nextStart = a.now.Add(pause)
-	if a.plan.onDemand() {
+	p.nextStart = a.now.Add(pause)
+	if in.process == Web && a.plan.onDemand() {
 		a.awake = false // requests fail until the pause is over; the next one wakes it
 	}
 }
@@ -447,21 +488,17 @@ func (a *App) settleRoll() {
 	if r == nil || r.phase == committing || r.phase == draining {
 		return
 	}
-	mine, coming, ready := 0, 0, 0
+	mine, ready, coming := make(map[string]int), 0, 0
 	for _, in := range a.instances {
 		if in.build != r.plan.Build {
 			continue
 		}
-		mine++
+		mine[in.process]++
 		switch in.stage {
 		case starting:
 			coming++
 			if !a.now.Before(in.startedAt.Add(in.timing.Ready)) && r.failed == nil {
-				reason := "Instance startup timeout"
-				if in.detail != "" {
-					reason += ": " + in.detail
-				}
-				r.failed = &Failure{N: in.n, Reason: reason}
+				r.failed = &Failure{N: in.n, Reason: in.late()}
 			}
 		case proved:
 			if in.bad == 0 && !a.now.Before(in.goodAt.Add(in.timing.Stability)) {
@@ -480,13 +517,27 @@ func (a *App) settleRoll() {
 		a.do(Done{What: "roll", Failure: r.failed, Old: r.old})
 		return
 	}
-	for ; mine < r.plan.warm() && coming < Parallel; mine, coming = mine+1, coming+1 {
-		a.start(r.plan)
+	want := 0
+	for _, process := range r.plan.processes() {
+		warm := r.plan.warm(process)
+		want += warm
+		for ; mine[process] < warm && coming < Parallel; coming++ {
+			a.start(r.plan, process)
+			mine[process]++
+		}
 	}
-	if ready == r.plan.warm() {
+	if ready == want {
 		r.phase = committing
 		a.do(Commit{Build: r.plan.Build})
 	}
+}
+
+// late is the reason for giving up an instance that did not become ready.
+func (in *instance) late() string {
+	if in.detail == "" {
+		return "Instance startup timeout"
+	}
+	return "Instance startup timeout: " + in.detail
 }
 
 // settleSteady keeps the committed plan.
@@ -494,27 +545,45 @@ func (a *App) settleSteady() {
 	if !a.have || a.stopped {
 		return
 	}
-	if a.crashes > 0 && !a.now.Before(a.crashedAt.Add(HealthyAfter)) && a.servingSince(HealthyAfter) {
-		a.crashes, a.trouble = 0, ""
+	coming := 0
+	for _, in := range a.instances {
+		if in.build != a.plan.Build || in.stage != starting {
+			continue
+		}
+		if !a.now.Before(in.startedAt.Add(in.timing.Ready)) {
+			a.crashed(in, in.late())
+			a.stop(in)
+			continue
+		}
+		coming++
+	}
+	if a.plan.onDemand() && a.awake && !a.busy && coming == 0 && a.roll == nil && !a.now.Before(a.quietAt.Add(a.plan.Idle)) {
+		a.awake = false
+	}
+	for _, process := range a.plan.processes() {
+		want := a.plan.warm(process)
+		if process == Web && a.plan.onDemand() && !a.awake {
+			want = 0
+		}
+		coming = a.settleProcess(process, want, coming)
+	}
+}
+
+// settleProcess keeps want instances of one process; coming counts those of the
+// build that come up.
+func (a *App) settleProcess(process string, want, coming int) int {
+	p := a.pace(process)
+	if p.trouble != "" && !a.now.Before(p.crashedAt.Add(HealthyAfter)) && a.servingSince(process, HealthyAfter) {
+		p.crashes, p.trouble = 0, ""
 	}
 	var live []*instance
-	coming, healthy := 0, 0
+	healthy := 0
 	for _, in := range a.instances {
-		if in.build != a.plan.Build {
+		if in.build != a.plan.Build || in.process != process {
 			continue
 		}
 		switch in.stage {
 		case starting:
-			if !a.now.Before(in.startedAt.Add(in.timing.Ready)) {
-				a.trouble = fmt.Sprintf("instance %d: Instance startup timeout", in.n)
-				if in.detail != "" {
-					a.trouble += ": " + in.detail
-				}
-				a.crashed(in)
-				a.stop(in)
-				continue
-			}
-			coming++
 			live = append(live, in)
 		case serving:
 			if in.condemned {
@@ -529,7 +598,7 @@ func (a *App) settleSteady() {
 	}
 	// What is condemned goes once another serves, at once if it accepts nothing.
 	for _, in := range a.instances {
-		if in.stage != serving || !in.condemned {
+		if in.process != process || in.stage != serving || !in.condemned {
 			continue
 		}
 		if healthy > 0 {
@@ -538,18 +607,9 @@ func (a *App) settleSteady() {
 			a.stop(in)
 		}
 	}
-	want := a.plan.Instances
-	if a.plan.onDemand() {
-		if a.awake && !a.busy && coming == 0 && a.roll == nil && !a.now.Before(a.quietAt.Add(a.plan.Idle)) {
-			a.awake = false
-		}
-		if a.awake {
-			want = 1
-		}
-	}
-	if !a.nextStart.After(a.now) {
+	if !p.nextStart.After(a.now) {
 		for ; len(live) < want && coming < Parallel; coming++ {
-			a.start(a.plan)
+			a.start(a.plan, process)
 			live = append(live, a.instances[len(a.instances)-1])
 		}
 	}
@@ -557,6 +617,7 @@ func (a *App) settleSteady() {
 		a.drain(live[len(live)-1])
 		live = live[:len(live)-1]
 	}
+	return coming
 }
 
 func (a *App) settleDraining() {
@@ -580,18 +641,12 @@ func (a *App) stopAt(in *instance) time.Time {
 
 func (a *App) settleDone() {
 	if r := a.roll; r != nil && r.phase == draining {
-		left, fresh := 0, 0
-		for _, in := range a.instances {
-			switch {
-			case in.build == r.plan.Build:
-				fresh++
-			case in.stage == drained && !in.quiet:
-				left++
-			}
-		}
-		if left == 0 {
+		left := slices.ContainsFunc(a.instances, func(in *instance) bool {
+			return in.build != r.plan.Build && in.stage == drained && !in.quiet
+		})
+		if !left {
 			a.roll = nil
-			a.do(Done{What: "roll", New: r.plan.warm(), Old: r.old})
+			a.do(Done{What: "roll", New: r.plan.warm(Web), Old: r.old})
 		}
 	}
 	if a.stopping && len(a.instances) == 0 {
@@ -601,12 +656,12 @@ func (a *App) settleDone() {
 }
 
 func (a *App) anyServing() bool {
-	return slices.ContainsFunc(a.instances, func(in *instance) bool { return in.stage == serving })
+	return slices.ContainsFunc(a.instances, func(in *instance) bool { return in.stage == serving && in.process == Web })
 }
 
-func (a *App) servingSince(d time.Duration) bool {
+func (a *App) servingSince(process string, d time.Duration) bool {
 	return slices.ContainsFunc(a.instances, func(in *instance) bool {
-		return in.stage == serving && in.build == a.plan.Build && in.bad == 0 && !a.now.Before(in.servedAt.Add(d))
+		return in.process == process && in.stage == serving && in.build == a.plan.Build && in.bad == 0 && !a.now.Before(in.servedAt.Add(d))
 	})
 }
 
@@ -627,15 +682,17 @@ func (a *App) Next() (at time.Time, ok bool) {
 		case drained:
 			consider(a.stopAt(in))
 		case serving:
-			if a.crashes > 0 {
+			if p := a.pace(in.process); p.trouble != "" {
 				consider(in.servedAt.Add(HealthyAfter))
-				consider(a.crashedAt.Add(HealthyAfter))
+				consider(p.crashedAt.Add(HealthyAfter))
 			}
 		case ending:
 		}
 	}
 	if a.have && !a.stopped {
-		consider(a.nextStart)
+		for _, p := range a.paces {
+			consider(p.nextStart)
+		}
 		if a.awake && !a.busy {
 			consider(a.quietAt.Add(a.plan.Idle))
 		}
@@ -646,7 +703,7 @@ func (a *App) Next() (at time.Time, ok bool) {
 // retryIn is the time to the next start of an app that died, rounded up to whole
 // seconds, at least one.
 func (a *App) retryIn() time.Duration {
-	left := a.nextStart.Sub(a.now)
+	left := a.pace(Web).nextStart.Sub(a.now)
 	if left <= 0 {
 		return time.Second
 	}
@@ -656,15 +713,21 @@ func (a *App) retryIn() time.Duration {
 // View is the app as others see it now.
 func (a *App) View(now time.Time) View {
 	a.now = now
-	v := View{Build: a.plan.Build, Rolling: a.roll != nil, Why: a.trouble, Crashes: a.crashes}
+	web := a.pace(Web)
+	v := View{Build: a.plan.Build, Rolling: a.roll != nil, Crashes: web.crashes}
+	for _, process := range a.plan.processes() {
+		if why := a.pace(process).trouble; why != "" && v.Why == "" {
+			v.Why = why
+		}
+	}
 	if a.have {
 		v.Instances = a.plan.Instances
 	}
 	serves, coming, accepts := 0, 0, 0
 	for _, in := range a.instances {
 		i := Instance{
-			N: in.n, Build: in.build, Via: in.via, StartedAt: in.startedAt, Detail: in.detail,
-			Serves:   in.stage == serving,
+			N: in.n, Process: in.process, Build: in.build, Via: in.via, StartedAt: in.startedAt, Detail: in.detail,
+			Serves:   in.stage == serving && in.process == Web,
 			Draining: in.stage == drained,
 			Out:      in.stage == serving && in.bad >= OutAfter,
 			Accepts:  in.accepts,
@@ -672,19 +735,20 @@ func (a *App) View(now time.Time) View {
 		switch in.stage {
 		case starting:
 			i.State = tako.InstanceStarting
-			if in.build == a.plan.Build {
+			if in.build == a.plan.Build && in.process == Web {
 				coming++
 			}
 		case proved:
 			i.State = tako.InstanceReady
 		case serving:
 			i.State = tako.InstanceHealthy
-			if i.Out {
+			switch {
+			case i.Out:
 				i.State = tako.InstanceUnhealthy
-				if in.accepts {
+				if in.accepts && in.process == Web {
 					accepts++
 				}
-			} else {
+			case in.process == Web:
 				serves++
 			}
 		case drained:
@@ -694,10 +758,9 @@ func (a *App) View(now time.Time) View {
 		}
 		v.All = append(v.All, i)
 	}
-	retry := a.nextStart.After(now)
-	v.RetryIn = 0
+	retry := web.nextStart.After(now)
 	if retry {
-		v.RetryIn = a.nextStart.Sub(now)
+		v.RetryIn = web.nextStart.Sub(now)
 	}
 	switch {
 	case a.stopped || !a.have && a.roll == nil:
@@ -706,9 +769,9 @@ func (a *App) View(now time.Time) View {
 		v.State = tako.AppDeploying
 	case serves > 0:
 		v.State = tako.AppRunning
-	case a.crashes >= LoopAfter:
+	case web.crashes >= LoopAfter:
 		v.State = tako.AppCrashLoop
-	case a.crashes > 0:
+	case web.crashes > 0:
 		v.State = tako.AppError
 	case a.plan.onDemand() && coming == 0:
 		v.State = tako.AppIdle
@@ -721,10 +784,10 @@ func (a *App) View(now time.Time) View {
 		switch {
 		case a.plan.onDemand() && retry:
 			v.Trouble, v.RetryAfter = TroubleStartFailed, a.retryIn()
-		case !a.plan.onDemand() && a.crashes > 0:
+		case !a.plan.onDemand() && web.crashes > 0:
 			v.Trouble, v.RetryAfter = TroubleDown, a.retryIn()
 		}
 	}
-	v.MayWait = a.have && !a.stopped && (a.plan.onDemand() || a.crashes == 0 && coming > 0)
+	v.MayWait = a.have && !a.stopped && (a.plan.onDemand() || web.crashes == 0 && coming > 0)
 	return v
 }

@@ -118,6 +118,8 @@ func fact(t *testing.T, w []string) rollout.Fact {
 			plan.Build = rollout.Build(num(v))
 		case k == "instances":
 			plan.Instances = int(num(v))
+		case k == "worker":
+			plan.Workers = map[string]int{"worker": int(num(v))}
 		case k == "idle":
 			d, err := time.ParseDuration(v)
 			if err != nil {
@@ -177,6 +179,9 @@ func fact(t *testing.T, w []string) rollout.Fact {
 func actionText(act rollout.Action) string {
 	switch a := act.(type) {
 	case rollout.StartInstance:
+		if a.Process != rollout.Web {
+			return fmt.Sprintf("start %d of build %d, process %s", a.N, a.Build, a.Process)
+		}
 		return fmt.Sprintf("start %d of build %d", a.N, a.Build)
 	case rollout.StopInstance:
 		return fmt.Sprintf("stop %d, grace %v", a.N, a.Grace)
@@ -197,13 +202,16 @@ func viewText(v rollout.View) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s", v.State)
 	for _, in := range v.All {
-		fmt.Fprintf(&b, " %d:%s", in.N, in.State)
+		fmt.Fprintf(&b, " %d:%s%s", in.N, in.Process, in.State)
 		if in.Serves {
 			b.WriteString("*")
 		}
 	}
 	if v.Trouble != "" {
 		fmt.Fprintf(&b, " trouble=%s retry-after=%v", v.Trouble, v.RetryAfter)
+	}
+	if v.Why != "" {
+		fmt.Fprintf(&b, " (%s)", v.Why)
 	}
 	if v.MayWait {
 		b.WriteString(" may-wait")
