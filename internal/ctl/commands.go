@@ -70,6 +70,9 @@ func (r *run) showStatus(a management.AppStatus) {
 			if via == "tcp" {
 				via = fmt.Sprintf("tcp %d", i.Port)
 			}
+			if i.Process != "" {
+				via = "process " + clean(i.Process)
+			}
 			t.add(i.ID, b.Version, i.State, pid, seconds(i.UptimeSecs), i.RequestsTotal, i.InFlight, i.Restarts, via)
 		}
 	}

@@ -153,6 +153,7 @@ type Build struct {
 // Instance is one process of an app.
 type Instance struct {
 	ID            uint32             `json:"id"`
+	Process       string             `json:"process,omitempty"` // "" is the one with routes
 	State         tako.InstanceState `json:"state"`
 	Port          uint16             `json:"port"`
 	PID           *int               `json:"pid"`

@@ -41,6 +41,7 @@ type build struct {
 // A process is what the master knows of one instance, its descriptors included.
 type process struct {
 	build     *build
+	name      string // of the process in the manifest; rollout.Web is the one with routes
 	port      uint16
 	socket    string
 	pid       int
@@ -49,6 +50,7 @@ type process struct {
 	// instance outlives its agent, and its pipes always have a reader.
 	held     []ipc.FD
 	requests uint64 // counted by proxies that are gone
+	restarts uint64 // how many of its process died before it
 }
 
 // An app is one app of the server: the deciding core, and what carries its
@@ -75,9 +77,7 @@ type app struct {
 	done      chan rollout.Done // of the command under way
 	committer func() error      // what Commit does, for the rollout under way
 	lastError string
-	waking    bool
-	gone      bool // deleted; no action is carried out any more
-	restarts  uint64
+	deaths    map[string]uint64 // by process, since the last commit: of those nobody asked to end
 }
 
 func newApp(s *server, id tako.AppID) *app {
@@ -88,6 +88,7 @@ func newApp(s *server, id tako.AppID) *app {
 		core:   rollout.New(func() float64 { return 2*rand.Float64() - 1 }),
 		builds: make(map[rollout.Build]*build),
 		procs:  make(map[uint32]*process),
+		deaths: make(map[string]uint64),
 		done:   make(chan rollout.Done, 2),
 	}
 	a.timer = time.AfterFunc(time.Hour, func() { a.step(rollout.Tick{}) })
@@ -115,9 +116,6 @@ func (a *app) step(f rollout.Fact) {
 }
 
 func (a *app) stepLocked(f rollout.Fact) {
-	if a.gone {
-		return
-	}
 	for _, act := range a.core.Step(time.Now(), f) {
 		switch act := act.(type) {
 		case rollout.StartInstance:
@@ -167,27 +165,20 @@ func (a *app) instance(n uint32) tako.InstanceID { return tako.InstanceID{App: a
 // startInstance asks the agent for a process.
 func (a *app) startInstance(act rollout.StartInstance) {
 	b := a.builds[act.Build]
-	p := &process{build: b, port: a.pickPort(act.N), startedAt: time.Now()}
-	a.procs[act.N] = p
-	if path, ok := a.layout.InstanceSocket(act.N); ok {
-		p.socket = path
-	} else {
-		a.log.Warn("the path of the instance's socket is too long: it is offered its port only", "path", path)
-	}
 	m := b.manifest
-	probe := wire.Probe{
-		Kind: wire.ProbeHTTP, Path: m.Health.Path, Host: m.Health.Host, Codes: m.Health.Codes,
-		IntervalMS: int(m.Health.Interval.Milliseconds()), TimeoutMS: int(m.Health.Timeout.Milliseconds()),
-	}
-	if m.Health.Connect {
-		probe.Kind = wire.ProbeConnect
+	p := &process{build: b, name: act.Process, startedAt: time.Now(), restarts: a.deaths[act.Process]}
+	a.procs[act.N] = p
+	argv, probe := b.argv, wire.Probe{Kind: wire.ProbeAlive}
+	if act.Process == rollout.Web {
+		probe = a.listens(p, act.N)
+	} else {
+		argv = m.Processes[act.Process].Start
 	}
 	a.log.Info("starting instance", logging.Instance, act.N, logging.Release, string(b.release), "port", p.port)
-	a.restarts++
 	err := a.srv.agentSend(&wire.Start{
 		Instance: a.instance(act.N),
 		Release:  b.release,
-		Command:  wire.Command{Dir: b.dir, Argv: b.argv, Env: a.environment(b, act.N, p), User: a.user()},
+		Command:  wire.Command{Dir: b.dir, Argv: argv, Env: a.environment(b, act.N, p), User: a.user()},
 		Port:     p.port,
 		Socket:   p.socket,
 		Probe:    probe,
@@ -203,12 +194,37 @@ func (a *app) startInstance(act rollout.StartInstance) {
 	}
 }
 
+// listens gives an instance of the web process a port and a socket path, and
+// returns how it is probed.
+func (a *app) listens(p *process, n uint32) wire.Probe {
+	p.port = a.pickPort(n)
+	if path, ok := a.layout.InstanceSocket(n); ok {
+		p.socket = path
+	} else {
+		a.log.Warn("the path of the instance's socket is too long: it is offered its port only", "path", path)
+	}
+	h := p.build.manifest.Health
+	probe := wire.Probe{
+		Kind: wire.ProbeHTTP, Path: h.Path, Host: h.Host, Codes: h.Codes,
+		IntervalMS: int(h.Interval.Milliseconds()), TimeoutMS: int(h.Timeout.Milliseconds()),
+	}
+	if h.Connect {
+		probe.Kind = wire.ProbeConnect
+	}
+	return probe
+}
+
 // ended takes an instance's end: its descriptors are closed, then the core is
 // told.
 func (a *app) ended(n uint32, f rollout.Fact) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if p := a.procs[n]; p != nil {
+		for _, in := range a.core.View(time.Now()).All {
+			if in.N == n && !in.Draining && in.State != tako.InstanceDraining {
+				a.deaths[p.name]++
+			}
+		}
 		for _, fd := range p.held {
 			fd.Close()
 		}
@@ -260,8 +276,12 @@ func portFree(port uint16) bool {
 // wins over secrets, secrets over env_vars, env_vars over defaults.
 func (a *app) environment(b *build, n uint32, p *process) []string {
 	env := a.stepEnvironment(b)
-	env["PORT"] = strconv.Itoa(int(p.port))
-	env["HOST"], env["HOSTNAME"] = "127.0.0.1", "127.0.0.1"
+	if p.name == rollout.Web {
+		env["PORT"] = strconv.Itoa(int(p.port))
+		env["HOST"], env["HOSTNAME"] = "127.0.0.1", "127.0.0.1"
+	} else {
+		env["TAKO_PROCESS"] = p.name
+	}
 	env["TAKO_INSTANCE"] = strconv.FormatUint(uint64(n), 10)
 	if p.socket != "" {
 		env["TAKO_APP_SOCKET"] = p.socket
@@ -317,7 +337,6 @@ func (a *app) publish() {
 	} else if v.State == tako.AppRunning {
 		a.lastError = ""
 	}
-	a.waking = false
 }
 
 // message is the app as a proxy has to know it, nil before its first commit.
@@ -384,8 +403,12 @@ func (a *app) forgetBuilds() {
 // plan is what the core has to know of a build.
 func (b *build) plan(instances uint8, idle time.Duration) rollout.Plan {
 	t := b.manifest.Timeouts
+	workers := make(map[string]int)
+	for name, p := range b.manifest.Processes {
+		workers[name] = p.Instances
+	}
 	return rollout.Plan{
-		Build: b.number, Instances: int(instances), Idle: idle,
+		Build: b.number, Instances: int(instances), Idle: idle, Workers: workers,
 		Timing: rollout.Timing{Ready: t.Ready, Stability: t.Stability, Drain: t.Drain, Streams: t.Streams, Grace: t.Grace},
 	}
 }

@@ -218,8 +218,8 @@ func (a *app) status() management.AppStatus {
 		}
 		requests, inFlight := a.srv.proxies.requestsOf(a.instance(in.N))
 		row := management.Instance{
-			ID: in.N, State: in.State, Port: p.port, UptimeSecs: uint64(now.Sub(in.StartedAt) / time.Second), //nolint:gosec // not negative
-			RequestsTotal: p.requests + requests, InFlight: inFlight, Transport: in.Via,
+			ID: in.N, Process: in.Process, State: in.State, Port: p.port, UptimeSecs: uint64(now.Sub(in.StartedAt) / time.Second), //nolint:gosec // not negative
+			RequestsTotal: p.requests + requests, InFlight: inFlight, Transport: in.Via, Restarts: p.restarts,
 		}
 		if p.pid > 0 {
 			pid := p.pid

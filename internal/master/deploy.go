@@ -166,6 +166,7 @@ func (s *server) commit(a *app, next store.App, progress management.Progress) er
 	}
 	a.mu.Lock()
 	a.reg, a.broken = next, ""
+	clear(a.deaths)
 	a.mu.Unlock()
 	if err := finishCommit(a.layout, next); err != nil {
 		a.log.Error("deployed, but a file could not be moved; the next start does it", logging.Err, err)

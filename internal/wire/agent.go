@@ -105,6 +105,9 @@ type ProbeKind string
 const (
 	ProbeHTTP    ProbeKind = "http"
 	ProbeConnect ProbeKind = "connect"
+	// ProbeAlive asks nothing: to run is to be well. It is for processes without
+	// routes, which have neither Port nor Socket, and reports two good outcomes.
+	ProbeAlive ProbeKind = "alive"
 )
 
 // Transport says where an instance answered.

@@ -64,6 +64,8 @@ type Target struct {
 func (t *Target) Check() error {
 	p := &t.Probe
 	switch p.Kind {
+	case wire.ProbeAlive:
+		return nil
 	case wire.ProbeConnect:
 	case wire.ProbeHTTP:
 		if !strings.HasPrefix(p.Path, "/") || !graphic(p.Path) {
@@ -95,11 +97,26 @@ func graphic(s string) bool {
 // first good probe, and once that ReadyWithin has passed without one; from then
 // on each probe. Reports come from this one goroutine, in order.
 func Watch(ctx context.Context, t Target, report func(wire.Probed)) {
+	if t.Probe.Kind == wire.ProbeAlive {
+		t.alive(ctx, report)
+		return
+	}
 	via, ok := t.comeUp(ctx, report)
 	if !ok {
 		return
 	}
 	t.steady(ctx, via, report)
+}
+
+// alive reports an instance that is not asked anything: good now, and once more
+// while it still runs. That it stays up is for whoever sees it exit.
+func (t *Target) alive(ctx context.Context, report func(wire.Probed)) {
+	report(t.outcome(true, 1, "", answer{}))
+	select {
+	case <-ctx.Done():
+	case <-time.After(SecondProbe):
+		report(t.outcome(true, 2, "", answer{}))
+	}
 }
 
 // pause is how long to wait after an attempt that ended so long after the start.

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -323,4 +324,21 @@ func FuzzProcTable(f *testing.F) {
 func FuzzDiag(f *testing.F) {
 	f.Add(make([]byte, diagMsgSize))
 	f.Fuzz(func(t *testing.T, b []byte) { parseDiag(b) })
+}
+
+func TestAliveAsksNothingAndIsGoodTwice(t *testing.T) {
+	target := Target{Started: time.Now(), Probe: wire.Probe{Kind: wire.ProbeAlive}}
+	if err := target.Check(); err != nil {
+		t.Fatalf("without socket and port: %v", err)
+	}
+	var got []int
+	Watch(t.Context(), target, func(p wire.Probed) {
+		if !p.Good || p.Via != "" {
+			t.Errorf("%+v, want good and no transport", p)
+		}
+		got = append(got, p.Streak)
+	})
+	if !slices.Equal(got, []int{1, 2}) {
+		t.Errorf("streaks %v, want 1 and 2", got)
+	}
 }
