@@ -40,6 +40,9 @@ type Config struct {
 	InstancePortOffset uint16
 	TrustedProxies     []string
 
+	KeepReleases     int
+	KeepReleasesDays int
+
 	ProxyUser string
 	AgentUser string
 	AppUIDs   string
@@ -91,6 +94,8 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.InstancePorts, "instance-ports", "20000-31999", "TCP ports on loopback for instances")
 	f.Uint16Var(&c.InstancePortOffset, "instance-port-offset", 0, "shift the apps' preferred instance ports, for a second server on this host")
 	f.StringSliceVar(&c.TrustedProxies, "trusted-proxies", nil, "addresses or prefixes whose X-Forwarded-* are believed (default: nobody's)")
+	f.IntVar(&c.KeepReleases, "keep-releases", 10, "releases of an app to keep on disk at least")
+	f.IntVar(&c.KeepReleasesDays, "keep-releases-days", 30, "days to keep every release for")
 	f.StringVar(&c.ProxyUser, "proxy-user", "tako-proxy", "user of tako-proxy, by name or UID:GID")
 	f.StringVar(&c.AgentUser, "agent-user", "tako-agent", "user of tako-agent, by name or UID:GID")
 	f.StringVar(&c.AppUIDs, "app-uids", "70000-79999", "users that apps run as, one each")
@@ -279,6 +284,12 @@ func (c Config) settle() (settled, error) {
 	}
 	if c.RenewalHours == 0 || c.RenewalHours > 24*30 {
 		fault("--renewal-interval-hours: %d is not from 1 to 720", c.RenewalHours)
+	}
+	if c.KeepReleases < 2 || c.KeepReleases > 10_000 {
+		fault("--keep-releases: %d is not from 2 to 10000", c.KeepReleases)
+	}
+	if c.KeepReleasesDays < 0 || c.KeepReleasesDays > 36_500 {
+		fault("--keep-releases-days: %d is not from 0 to 36500", c.KeepReleasesDays)
 	}
 	if !slices.Contains([]string{"trace", "debug", "info", "warn", "error"}, c.LogLevel) {
 		fault("--log-level: %q is none of trace, debug, info, warn, error", c.LogLevel)

@@ -147,6 +147,7 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 		}
 		return none, err
 	}
+	a.prune()
 	a.log.Info("deployed", logging.Release, string(r.release), "new", d.New, "old", d.Old)
 	return management.DeployResult{
 		App: a.id, Version: r.release, Rolled: d.Old > 0, NewApp: newApp,
