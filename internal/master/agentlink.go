@@ -51,6 +51,8 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 		s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
 		s.agentMu.Lock()
 		s.agent = l
+		close(s.agentCame)
+		s.agentCame = make(chan struct{})
 		s.agentMu.Unlock()
 		s.proxies.redial(s)
 		s.agentReady.Do(func() { close(s.agentUp) })
@@ -64,7 +66,7 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 	case <-ctx.Done(): // asked to stop: it stops its instances first
 		<-l.child.Done()
 	default:
-		_ = l.child.Kill()
+		l.lastWord()
 		<-l.child.Done()
 		s.orphaned()
 	}
@@ -105,13 +107,38 @@ func (s *server) agentSend(body any) error {
 	return nil
 }
 
+// AgentWait is how long a command waits for an agent while there is none: at a
+// server's start, or after the last one died.
+const AgentWait = 10 * time.Second
+
+// anAgent returns the agent, waiting for one.
+func (s *server) anAgent(ctx context.Context) (*link, error) {
+	late := time.NewTimer(AgentWait)
+	defer late.Stop()
+	for {
+		s.agentMu.Lock()
+		l, came := s.agent, s.agentCame
+		s.agentMu.Unlock()
+		if l != nil {
+			return l, nil
+		}
+		select {
+		case <-came:
+		case <-late.C:
+			return nil, errNoAgent
+		case <-s.stopping:
+			return nil, errNoServer
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+}
+
 // agentCall calls the agent and waits for its answer.
 func (s *server) agentCall(ctx context.Context, body any, files ...ipc.FD) (wire.Message, error) {
-	s.agentMu.Lock()
-	l := s.agent
-	s.agentMu.Unlock()
-	if l == nil {
-		return wire.Message{}, errNoAgent
+	l, err := s.anAgent(ctx)
+	if err != nil {
+		return wire.Message{}, err
 	}
 	m, err := l.calls.Do(ctx, body, files...)
 	if errors.Is(err, wire.ErrGone) {

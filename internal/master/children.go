@@ -204,6 +204,19 @@ func (l *link) kill(why error) {
 	l.end(why)
 }
 
+// LastWord is how long a child whose channel ended may take to say why, and
+// leave, before it is killed.
+const LastWord = 200 * time.Millisecond
+
+// lastWord waits for a child to leave by itself, not for long.
+func (l *link) lastWord() {
+	select {
+	case <-l.child.Done():
+	case <-time.After(LastWord):
+		_ = l.child.Kill()
+	}
+}
+
 // ChildLeave is how long a child whose channel was closed may take to leave: the
 // agent has to stop its instances first.
 const ChildLeave = 12 * time.Second

@@ -72,7 +72,8 @@ type server struct {
 	stopping  chan struct{} // closed when the server begins to stop
 
 	agentMu    sync.Mutex
-	agent      *link // nil while there is none
+	agent      *link         // nil while there is none
+	agentCame  chan struct{} // closed, and made anew, when there is one
 	agentReady sync.Once
 	agentUp    chan struct{}
 	proxies    proxySet
@@ -93,7 +94,7 @@ func Run(ctx context.Context, c Config, version string, log hclog.Logger) (err e
 	}
 	s := &server{
 		s: set, log: log, layout: set.layout, version: version, startedAt: time.Now(),
-		stopping: make(chan struct{}), agentUp: make(chan struct{}), proxyUp: make(chan struct{}),
+		stopping: make(chan struct{}), agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
 		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
 	}
 	var undo []func()

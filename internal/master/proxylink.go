@@ -130,7 +130,7 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 	select {
 	case <-ctx.Done():
 	default:
-		_ = l.child.Kill()
+		l.lastWord()
 	}
 	<-l.child.Done()
 	s.proxyGone(l)
@@ -171,6 +171,7 @@ func (s *server) configureProxy(l *proxyLink) error {
 	}
 	for _, a := range s.allApps() {
 		a.mu.Lock()
+		a.revision++ // a proxy takes each but once, and may have been told the last since add
 		if msg := a.message(); msg != nil {
 			l.post(msg)
 		}
