@@ -1,6 +1,9 @@
 package rollout_test
 
 import (
+	"encoding/json"
+	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -76,6 +79,42 @@ func (w *world) step(f rollout.Fact) {
 	}
 }
 
+// reload puts a snapshot of the app, over JSON, in its place: nothing may differ.
+func (w *world) reload() {
+	snap, err := w.app.Snapshot()
+	if err != nil {
+		if !w.rolling && !w.stopWait {
+			w.t.Fatalf("no snapshot of an app at rest: %v", err)
+		}
+		return
+	}
+	b, err := json.Marshal(snap)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	var again rollout.Snapshot
+	if err := json.Unmarshal(b, &again); err != nil {
+		w.t.Fatal(err)
+	}
+	app, err := rollout.Resume(again, nil)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if before, after := w.app.View(w.now), app.View(w.now); !reflect.DeepEqual(utc(before), utc(after)) {
+		w.t.Fatalf("the app looks otherwise after a reload:\n%+v\n%+v", before, after)
+	}
+	w.app = app
+}
+
+// utc makes the times of a view comparable.
+func utc(v rollout.View) rollout.View {
+	v.All = slices.Clone(v.All)
+	for i := range v.All {
+		v.All[i].StartedAt = v.All[i].StartedAt.UTC()
+	}
+	return v
+}
+
 func (w *world) advance(d time.Duration) {
 	end := w.now.Add(d)
 	for i := 0; ; i++ {
@@ -128,6 +167,9 @@ func TestNoOrderOfFactsBreaksThePromises(t *testing.T) {
 		w.step(rollout.Restore{Plan: plan()})
 		for range rapid.IntRange(1, 60).Draw(t, "facts") {
 			w.advance(time.Duration(rapid.IntRange(1, 20_000).Draw(t, "ms")) * time.Millisecond)
+			if rapid.IntRange(0, 9).Draw(t, "reload") == 0 {
+				w.reload()
+			}
 			switch rapid.SampledFrom([]string{"good", "good", "good", "bad", "exited", "roll", "commit", "commit", "quiet", "stop", "wake", "busy", "idle", "unreachable", "scale"}).Draw(t, "fact") {
 			case "good":
 				if n, ok := pick(); ok {
