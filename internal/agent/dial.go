@@ -76,7 +76,7 @@ func (a *agent) addDialer(m *wire.Message) error {
 // serveDials answers the dials of one proxy. What the proxy does wrong costs it
 // this socket and nothing else.
 func (a *agent) serveDials(conn *wire.Conn) {
-	defer conn.Close() //nolint:errcheck // it has gone, or is to go
+	defer conn.Close() // it has gone, or is to go
 	defer context.AfterFunc(a.work, func() { _ = conn.Close() })()
 	var all sync.WaitGroup
 	defer all.Wait()
@@ -125,7 +125,7 @@ func (a *agent) dial(conn *wire.Conn, id uint64, instance tako.InstanceID) error
 	if err != nil {
 		return conn.ReplyError(id, tako.Errorf(tako.CodeFailed, "connect to instance %s: %s", instance, err))
 	}
-	defer tcp.Close() //nolint:errcheck // the proxy has its own descriptor of it
+	defer tcp.Close() // the proxy has its own descriptor of it
 	raw, err := tcp.SyscallConn()
 	if err != nil {
 		return conn.ReplyError(id, err)

@@ -93,7 +93,7 @@ func (a *agent) makeTree(m *wire.Tree) error {
 	if m.User.UID == 0 {
 		return a.treeError(m, mendAll(ownersFolders(m, 0, modePrivate), appsFolders(m, 0)))
 	}
-	agentGID := uint32(os.Getegid()) //nolint:gosec // a group is 32 bits
+	agentGID := uint32(os.Getegid()) // a group is 32 bits
 	owner := &launch.Identity{UID: a.settings.Owner, GID: a.settings.OwnerGroup, Groups: groups(m.User.GID, agentGID)}
 	app := &launch.Identity{UID: m.User.UID, GID: m.User.GID, Groups: groups(a.settings.InstanceGroup)}
 	instances := filepath.Dir(m.RunDir)

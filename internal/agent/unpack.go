@@ -111,7 +111,7 @@ func unpackInto(temp, final string, input *os.File, limits archive.Limits) (arch
 	if err != nil {
 		return stats, err
 	}
-	defer dir.Close() //nolint:errcheck // only synced
+	defer dir.Close() // only synced
 	return stats, dir.Sync()
 }
 

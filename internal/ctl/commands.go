@@ -161,7 +161,7 @@ func (r *run) rollbackCommand() *cobra.Command {
 			} else {
 				var l releases
 				if err := s.Do(ctx, management.Request{Command: "list_releases", App: args[0]}, nil, &l); err != nil {
-					return err //nolint:wrapcheck // the server's sentence
+					return err
 				}
 				v, err := previous(args[0], l.Releases)
 				if err != nil {
@@ -202,7 +202,7 @@ func (r *run) scaleCommand() *cobra.Command {
 	c := &cobra.Command{Use: "scale APP N", Short: "Change how many instances an app has", Example: "  takoctl scale blog 4\n  takoctl scale blog 0    # on demand",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if err := cobra.ExactArgs(2)(cmd, args); err != nil {
-				return err //nolint:wrapcheck // its text is the message
+				return err
 			}
 			v, err := strconv.ParseUint(args[1], 10, 8)
 			if err != nil {
@@ -275,7 +275,7 @@ func (r *run) logsCommand() *cobra.Command {
 			return usagef("-n %d: at most %d lines are given", lines, management.MaxLogLines)
 		}
 		req := management.LogsRequest{App: tako.AppID(args[0]), Lines: int(lines), Follow: follow}
-		return s.Logs(ctx, req, r.logLine) //nolint:wrapcheck // the server's sentence
+		return s.Logs(ctx, req, r.logLine)
 	})
 }
 
@@ -283,7 +283,7 @@ func (r *run) logLine(l management.LogLine) error {
 	if r.json {
 		b, err := json.Marshal(l)
 		if err != nil {
-			return err //nolint:wrapcheck // cannot fail
+			return err
 		}
 		return r.printJSON(b)
 	}
@@ -296,7 +296,7 @@ func (r *run) logLine(l management.LogLine) error {
 	}
 	at, _, _ := strings.Cut(l.Time, ".")
 	_, err := fmt.Fprintf(r.Stdout, "%s [%s] %s\n", clean(strings.TrimSuffix(at, "Z")), clean(from), clean(l.Text))
-	return err //nolint:wrapcheck // of standard output
+	return err
 }
 
 func (r *run) serverCommand() *cobra.Command {

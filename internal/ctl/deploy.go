@@ -139,7 +139,7 @@ func (r *run) prepare(ctx context.Context, dir string, req *management.Request) 
 		return nil, usagef("there is no %s in %s\n%s", release.ManifestName, dir, manifestHelp)
 	}
 	if _, err := release.Load(dir); err != nil {
-		return nil, err //nolint:wrapcheck // a sentence that names the file
+		return nil, err
 	}
 	if req.App == "" {
 		req.App = appName(dir)
@@ -161,7 +161,7 @@ func (r *run) prepare(ctx context.Context, dir string, req *management.Request) 
 	}}
 	list, err := archive.List(ctx, dir, opts)
 	if err != nil {
-		return nil, err //nolint:wrapcheck // names the directory
+		return nil, err
 	}
 	total = list.Stats().Bytes
 	if !list.Has(release.ManifestName) {
@@ -187,12 +187,12 @@ func (r *run) upload(ctx context.Context, s *conn, req management.Request, list 
 	if e, ok := errors.AsType[*tako.Error](err); ok && e.Code == tako.CodeConflict {
 		return "", tako.Errorf(e.Code, "%s\nChoose another name with --version, or deploy what is there with --path.", e.Message)
 	}
-	return res.Path, err //nolint:wrapcheck // the server's sentence
+	return res.Path, err
 }
 
 // fillFromStatus takes what the command line left out from the app as it is.
 func fillFromStatus(ctx context.Context, s *conn, f deployFlags, req *management.Request) error {
-	instances, idle := f.instances, uint32(f.idle/time.Second) //nolint:gosec // checked
+	instances, idle := f.instances, uint32(f.idle/time.Second) // checked
 	req.Routes, req.Instances, req.IdleTimeout = f.routes, &instances, &idle
 	if len(f.routes) > 0 && f.instancesSet && f.idleSet {
 		return nil
@@ -206,7 +206,7 @@ func fillFromStatus(ctx context.Context, s *conn, f deployFlags, req *management
 		return nil
 	}
 	if err != nil {
-		return err //nolint:wrapcheck // the server's sentence
+		return err
 	}
 	if len(f.routes) == 0 {
 		if len(now.Routes) == 0 {

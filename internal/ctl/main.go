@@ -88,7 +88,7 @@ type shared struct {
 func (s *shared) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.w.Write(p) //nolint:wrapcheck // a Writer as it is
+	return s.w.Write(p)
 }
 
 // A usageError is about the command line.
@@ -217,7 +217,7 @@ func group(use, short string, below ...*cobra.Command) *cobra.Command {
 		if len(args) > 0 {
 			return usagef("unknown command %q for %q", args[0], cmd.CommandPath())
 		}
-		return cmd.Help() //nolint:wrapcheck // only writes
+		return cmd.Help()
 	}}
 	c.AddCommand(below...)
 	return c
@@ -250,7 +250,7 @@ func (r *run) with(ctx context.Context, do func(ctx context.Context, s *conn) er
 func ask[T any](ctx context.Context, r *run, s *conn, req management.Request, show func(T)) error {
 	var data json.RawMessage
 	if err := s.Do(ctx, req, r.step, &data); err != nil {
-		return err //nolint:wrapcheck // the server's sentence
+		return err
 	}
 	if r.json {
 		return r.printJSON(data)
@@ -265,7 +265,7 @@ func ask[T any](ctx context.Context, r *run, s *conn, req management.Request, sh
 
 func (r *run) printJSON(data json.RawMessage) error {
 	_, err := fmt.Fprintf(r.Stdout, "%s\n", data)
-	return err //nolint:wrapcheck // of standard output
+	return err
 }
 
 // say prints a line of a result.

@@ -181,7 +181,7 @@ func (r *run) prompt(ctx context.Context, name string) (string, error) {
 	case a := <-got:
 		return a.text, a.err
 	case <-ctx.Done():
-		return "", ctx.Err() //nolint:wrapcheck // interrupted
+		return "", ctx.Err()
 	}
 }
 

@@ -131,7 +131,7 @@ func (c *Client) Upload(ctx context.Context, app, version string, r io.Reader) (
 // Logs gives an app's newest lines to line, and with r.Follow new ones until ctx
 // ends, which is not an error then. An error of line closes the connection.
 func (c *Client) Logs(ctx context.Context, r LogsRequest, line func(LogLine) error) error {
-	lines := uint32(max(r.Lines, 0)) //nolint:gosec // the server bounds it
+	lines := uint32(max(r.Lines, 0)) // the server bounds it
 	err := c.command(ctx, func() error {
 		if err := c.send(Request{Command: "logs", App: string(r.App), Lines: &lines, Follow: r.Follow}); err != nil {
 			return err
@@ -150,7 +150,7 @@ func (c *Client) command(ctx context.Context, run func() error) error {
 	defer context.AfterFunc(ctx, func() { _ = c.Close() })()
 	err := run()
 	if err != nil && ctx.Err() != nil {
-		return ctx.Err() //nolint:wrapcheck // nothing to add
+		return ctx.Err()
 	}
 	return err
 }

@@ -91,12 +91,12 @@ func (c *command) check(a *args, s *session) (*call, error) {
 	var err error
 	if c.has(fApp.name) {
 		if k.app, err = tako.ParseAppID(a.app); err != nil {
-			return nil, err //nolint:wrapcheck // its text is the reply
+			return nil, err
 		}
 	}
 	if c.has(fVersion.name) {
 		if k.version, err = tako.ParseReleaseID(a.version); err != nil {
-			return nil, err //nolint:wrapcheck // its text is the reply
+			return nil, err
 		}
 	}
 	if c.has(fOwner.name) && len(a.owner) > MaxOwner {

@@ -73,7 +73,7 @@ func decode(line []byte) (*command, *args, error) {
 	}
 	var whole json.RawMessage
 	if err := json.Unmarshal(line, &whole); err != nil {
-		return nil, nil, err //nolint:wrapcheck // its text is the reply
+		return nil, nil, err
 	}
 	if whole[0] != '{' {
 		return nil, nil, wrongType(whole, "an object with a `command`")
@@ -193,18 +193,18 @@ type member struct {
 func members(object json.RawMessage) ([]member, error) {
 	dec := json.NewDecoder(bytes.NewReader(object))
 	if _, err := dec.Token(); err != nil {
-		return nil, err //nolint:wrapcheck // its text is the reply
+		return nil, err
 	}
 	var all []member
 	for dec.More() {
 		key, err := dec.Token()
 		if err != nil {
-			return nil, err //nolint:wrapcheck // its text is the reply
+			return nil, err
 		}
 		var m member
 		m.key, _ = key.(string) // the syntax was checked
 		if err := dec.Decode(&m.value); err != nil {
-			return nil, err //nolint:wrapcheck // its text is the reply
+			return nil, err
 		}
 		all = append(all, m)
 	}
@@ -215,7 +215,7 @@ func readString(v json.RawMessage, into *string) error {
 	if v[0] != '"' {
 		return wrongType(v, "a string")
 	}
-	return json.Unmarshal(v, into) //nolint:wrapcheck // its text is the reply
+	return json.Unmarshal(v, into)
 }
 
 func readBool(v json.RawMessage, into *bool) error {
@@ -249,7 +249,7 @@ func readStrings(v json.RawMessage, into *[]string) error {
 	}
 	var items []json.RawMessage
 	if err := json.Unmarshal(v, &items); err != nil {
-		return err //nolint:wrapcheck // its text is the reply
+		return err
 	}
 	*into = make([]string, len(items))
 	for i, item := range items {

@@ -81,16 +81,16 @@ func or[T int | int64 | time.Duration](v *T, def T) {
 
 // named is how server_info shows the limits.
 func (l Limits) named() map[string]uint64 {
-	secs := func(d time.Duration) uint64 { return uint64(max(d, 0) / time.Second) } //nolint:gosec // not negative
+	secs := func(d time.Duration) uint64 { return uint64(max(d, 0) / time.Second) } // not negative
 	return map[string]uint64{
 		"management_line_bytes":               MaxLine,
-		"management_connections":              uint64(max(l.MaxConnections, 0)), //nolint:gosec // not negative
+		"management_connections":              uint64(max(l.MaxConnections, 0)), // not negative
 		"management_idle_timeout_secs":        secs(l.IdleTimeout),
 		"management_line_timeout_secs":        secs(l.LineTimeout),
 		"management_write_timeout_secs":       secs(l.WriteTimeout),
 		"management_drain_timeout_secs":       secs(l.DrainTimeout),
 		"management_upload_idle_timeout_secs": secs(l.UploadIdleTimeout),
-		"management_upload_bytes":             uint64(max(l.MaxUploadBytes, 0)), //nolint:gosec // not negative
+		"management_upload_bytes":             uint64(max(l.MaxUploadBytes, 0)), // not negative
 		"management_log_lines":                MaxLogLines,
 	}
 }

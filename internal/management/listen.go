@@ -136,7 +136,7 @@ func bind(path string, mode fs.FileMode, gid uint32) (*net.UnixListener, error) 
 		return fail(err)
 	}
 	f := os.NewFile(uintptr(fd), path)
-	defer f.Close() //nolint:errcheck // FileListener has a copy
+	defer f.Close() // FileListener has a copy
 	// A socket's file takes its mode from the descriptor, less the umask: this way
 	// it is never wider than wanted. Nobody can connect before listen, either.
 	if err := unix.Fchmod(fd, 0o600); err != nil {
@@ -276,16 +276,16 @@ func probe(path string) (int32, error) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, err //nolint:wrapcheck // only compared, and wrapped by clearOne
+		return 0, err
 	}
-	defer c.Close() //nolint:errcheck // nothing was written
+	defer c.Close() // nothing was written
 	u, ok := c.(*net.UnixConn)
 	if !ok {
 		return 0, nil
 	}
 	p, err := peerOf(u)
 	if err != nil {
-		return 0, nil //nolint:nilerr // it answers; who it is was only for the text
+		return 0, nil // it answers; who it is was only for the text
 	}
 	return p.PID, nil
 }

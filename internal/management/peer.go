@@ -52,7 +52,7 @@ func peerOf(c *net.UnixConn) (peer, error) {
 func peerGroups(fd int) ([]uint32, error) {
 	buf := make([]byte, 64*4)
 	for {
-		size := uint32(len(buf)) //nolint:gosec // 65536 groups at most
+		size := uint32(len(buf)) // 65536 groups at most
 		// The unix package reads this option as text, and cuts it at the first zero.
 		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERGROUPS,
 			uintptr(unsafe.Pointer(&buf[0])), uintptr(unsafe.Pointer(&size)), 0)

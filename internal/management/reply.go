@@ -99,7 +99,7 @@ func (d DeployResult) MarshalJSON() ([]byte, error) {
 	if d.OnDemand {
 		s.OnDemand, s.StartupValidated, s.WarmInstance = new(true), new(true), new(true)
 	}
-	return json.Marshal(s) //nolint:wrapcheck // cannot fail
+	return json.Marshal(s)
 }
 
 // UnmarshalJSON reads any of the four shapes.

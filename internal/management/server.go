@@ -244,7 +244,7 @@ func (s *session) readLine() ([]byte, error) {
 		return nil, err
 	}
 	if _, err := s.in.Peek(1); err != nil {
-		return nil, err //nolint:wrapcheck // only compared
+		return nil, err
 	}
 	if err := s.readBy(s.srv.Limits.LineTimeout); err != nil {
 		return nil, err
@@ -264,7 +264,7 @@ func (s *session) readLine() ([]byte, error) {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			return nil, &lineError{fmt.Sprintf("no newline within %v of the line's first byte", s.srv.Limits.LineTimeout), true}
 		case err != nil && !errors.Is(err, io.EOF):
-			return nil, err //nolint:wrapcheck // only compared
+			return nil, err
 		case size > MaxLine:
 			return nil, &lineError{fmt.Sprintf("json line exceeds max length (%d > %d)", size, MaxLine), false}
 		}
@@ -277,7 +277,7 @@ func (s *session) readLine() ([]byte, error) {
 }
 
 func (s *session) readBy(limit time.Duration) error {
-	return s.conn.SetReadDeadline(time.Now().Add(limit)) //nolint:wrapcheck // only compared
+	return s.conn.SetReadDeadline(time.Now().Add(limit))
 }
 
 // write sends one line.
@@ -394,7 +394,7 @@ func (s *session) logs(ctx context.Context, r LogsRequest) error {
 		}{statusLine, l}, s.srv.Limits.WriteTimeout)
 	}
 	if !r.Follow {
-		return s.srv.Backend.Logs(ctx, r, send) //nolint:wrapcheck // the caller does
+		return s.srv.Backend.Logs(ctx, r, send)
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -414,5 +414,5 @@ func (s *session) logs(ctx context.Context, r LogsRequest) error {
 	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 		return nil
 	}
-	return err //nolint:wrapcheck // the caller does
+	return err
 }

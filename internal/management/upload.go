@@ -93,7 +93,7 @@ func (s *session) upload(ctx context.Context, run func(context.Context, *chunkRe
 	s.spent = true
 	res, err := run(ctx, r)
 	if ctx.Err() != nil && err != nil {
-		return nil, ctx.Err() //nolint:wrapcheck // only compared
+		return nil, ctx.Err()
 	}
 	if r.err != nil && !errors.Is(r.err, io.EOF) {
 		return nil, r.err
@@ -122,7 +122,7 @@ func writeChunks(w io.Writer, r io.Reader) (read, write error) {
 			n += m
 		}
 		if n > 0 {
-			binary.BigEndian.PutUint32(buf, uint32(n)) //nolint:gosec // at most len(buf)
+			binary.BigEndian.PutUint32(buf, uint32(n)) // at most len(buf)
 			if _, err := w.Write(buf[:4+n]); err != nil {
 				return nil, fmt.Errorf("send: %w", err)
 			}

@@ -27,7 +27,7 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 	if s.privileged {
 		settings.InstanceGroup = s.netGroup
 		settings.MinAppUID, settings.MaxAppUID = s.s.uidMin, s.s.uidMax
-		settings.Owner, settings.OwnerGroup = uint32(os.Geteuid()), uint32(os.Getegid()) //nolint:gosec // ids are 32 bits
+		settings.Owner, settings.OwnerGroup = uint32(os.Geteuid()), uint32(os.Getegid()) // ids are 32 bits
 	}
 	if err := l.conn.Send(0, settings); err != nil {
 		l.end(err)

@@ -247,13 +247,13 @@ func (a *app) pickPort(n uint32) uint16 {
 	width := hi - lo + 1
 	base := int(a.reg.BasePort) - lo + int(a.srv.s.InstancePortOffset)
 	for i := range PortsPerApp {
-		port := uint16(lo + (base+(int(n)-1+i)%PortsPerApp)%width) //nolint:gosec // within the range
+		port := uint16(lo + (base+(int(n)-1+i)%PortsPerApp)%width) // within the range
 		if !used[port] && portFree(port) {
 			return port
 		}
 	}
 	for range 128 {
-		port := uint16(lo + rand.IntN(width)) //nolint:gosec // within the range
+		port := uint16(lo + rand.IntN(width)) // within the range
 		if !used[port] && portFree(port) {
 			a.log.Warn("every port of the app's range is taken", "port", port)
 			return port

@@ -128,7 +128,7 @@ func (a *app) halt(ctx context.Context) error {
 func (s *server) Delete(ctx context.Context, id tako.AppID) (existed bool, err error) {
 	a, err := s.known(id)
 	if err != nil {
-		return false, nil //nolint:nilerr // deleting what is not there is done
+		return false, nil // deleting what is not there is done
 	}
 	if !a.tryOp() {
 		return false, errDeployBusy(id)
@@ -192,7 +192,7 @@ func (a *app) status() management.AppStatus {
 	v := a.core.View(now)
 	st := management.AppStatus{
 		Name: a.id, Version: a.reg.Release, State: v.State, Routes: slices.Clone(a.reg.Routes),
-		Wanted: a.reg.Instances, OnDemand: a.reg.Instances == 0, IdleSecs: uint32(a.reg.IdleTimeout / time.Second), //nolint:gosec // it came as 32 bits
+		Wanted: a.reg.Instances, OnDemand: a.reg.Instances == 0, IdleSecs: uint32(a.reg.IdleTimeout / time.Second), // it came as 32 bits
 		Instances: []management.Instance{}, Builds: []management.Build{},
 	}
 	if !a.reg.DeployedAt.IsZero() {
@@ -218,7 +218,7 @@ func (a *app) status() management.AppStatus {
 		}
 		requests, inFlight := a.srv.proxies.requestsOf(a.instance(in.N))
 		row := management.Instance{
-			ID: in.N, Process: in.Process, State: in.State, Port: p.port, UptimeSecs: uint64(now.Sub(in.StartedAt) / time.Second), //nolint:gosec // not negative
+			ID: in.N, Process: in.Process, State: in.State, Port: p.port, UptimeSecs: uint64(now.Sub(in.StartedAt) / time.Second), // not negative
 			RequestsTotal: p.requests + requests, InFlight: inFlight, Transport: in.Via, Restarts: p.restarts,
 		}
 		if p.pid > 0 {
@@ -359,7 +359,7 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 		HTTPPort: s.httpPort(), HTTPSPort: s.httpsPort(),
 		NoACME: s.s.NoACME, ACMEStaging: s.s.ACMEStaging, RenewalIntervalHours: s.s.RenewalHours,
 		InstancePortOffset: s.s.InstancePortOffset,
-		UptimeSecs:         uint64(time.Since(s.startedAt) / time.Second), //nolint:gosec // not negative
+		UptimeSecs:         uint64(time.Since(s.startedAt) / time.Second), // not negative
 		Isolation:          isolation(s.privileged),
 		Processes:          s.processes(),
 		Limits: map[string]uint64{
@@ -391,7 +391,7 @@ func (s *server) processes() []management.Process {
 	}
 	rows := []management.Process{{
 		Role: string(wire.Master), PID: os.Getpid(), Generation: 1, State: "ready",
-		UptimeSecs: uint64(time.Since(s.startedAt) / time.Second), User: name(self), //nolint:gosec // not negative
+		UptimeSecs: uint64(time.Since(s.startedAt) / time.Second), User: name(self), // not negative
 	}}
 	add := func(l *link, uid *uint32) {
 		who := self
@@ -400,7 +400,7 @@ func (s *server) processes() []management.Process {
 		}
 		rows = append(rows, management.Process{
 			Role: string(l.role), PID: l.child.PID, Generation: l.generation, State: *l.state.Load(),
-			UptimeSecs: uint64(time.Since(l.startedAt) / time.Second), User: name(who), //nolint:gosec // not negative
+			UptimeSecs: uint64(time.Since(l.startedAt) / time.Second), User: name(who), // not negative
 		})
 	}
 	for _, l := range s.proxies.all() {

@@ -253,7 +253,7 @@ func (c Config) settle() (settled, error) {
 	if err != nil {
 		fault("--instance-ports: %w", err)
 	}
-	s.portMin, s.portMax = uint16(lo), uint16(hi) //nolint:gosec // bounded above
+	s.portMin, s.portMax = uint16(lo), uint16(hi) // bounded above
 	if err == nil && hi-lo < 99 {
 		fault("--instance-ports: %s has fewer than 100 ports", c.InstancePorts)
 	}
@@ -261,7 +261,7 @@ func (c Config) settle() (settled, error) {
 	if err != nil {
 		fault("--app-uids: %w", err)
 	}
-	s.uidMin, s.uidMax = uint32(lo), uint32(hi) //nolint:gosec // bounded above
+	s.uidMin, s.uidMax = uint32(lo), uint32(hi) // bounded above
 	for _, a := range c.ListenAddress {
 		ip, err := netip.ParseAddr(a)
 		if err != nil {

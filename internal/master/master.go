@@ -242,7 +242,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	commands.Go(func() {
 		failed <- management.Serve(ctx, management.Config{
 			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
-			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, //nolint:gosec // an id
+			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, // an id
 		})
 	})
 
@@ -407,7 +407,7 @@ func (a *app) restore(ctx context.Context, reg store.App) error {
 
 // renewals looks after certificates and ticket keys.
 func (s *server) renewals(ctx context.Context) {
-	certs := time.NewTicker(time.Duration(s.s.RenewalHours) * time.Hour) //nolint:gosec // bounded by Validate
+	certs := time.NewTicker(time.Duration(s.s.RenewalHours) * time.Hour) // bounded by Validate
 	defer certs.Stop()
 	tickets := time.NewTicker(TicketsRotate)
 	defer tickets.Stop()

@@ -161,7 +161,7 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 		h.tunnel(ctx, rc, fl, resp, id)
 		return
 	}
-	defer resp.Body.Close() //nolint:errcheck // it returns none
+	defer resp.Body.Close() // it returns none
 	header := w.Header()
 	responseHeader(header, resp.Header)
 	header[requestID] = []string{id}
@@ -282,7 +282,7 @@ func reply(w http.ResponseWriter, rc *http.ResponseController, r *http.Request, 
 				}
 			}
 		}
-		if err == io.EOF { //nolint:errorlint // readers return it bare
+		if err == io.EOF { // readers return it bare
 			return nil
 		}
 		if err != nil {

@@ -535,7 +535,7 @@ func TestHTTP2OverRemoteSignatures(t *testing.T) {
 	if a := <-m.signs; a != wire.SignECDSA {
 		t.Errorf("signed by %s", a)
 	}
-	c, err := tls.Dial("tcp", m.tls, &tls.Config{InsecureSkipVerify: true, ServerName: "blog.test", MaxVersion: tls.VersionTLS12, //nolint:gosec // a test
+	c, err := tls.Dial("tcp", m.tls, &tls.Config{InsecureSkipVerify: true, ServerName: "blog.test", MaxVersion: tls.VersionTLS12, // a test
 		CipherSuites: []uint16{tls.TLS_ECDHE_ECDSA_WITH_AES_128_CBC_SHA}})
 	if err == nil {
 		_ = c.Close()
@@ -558,7 +558,7 @@ func TestCertificateIsChosenByName(t *testing.T) {
 	}
 	m.app(wire.App{})
 	get := func(name string) string {
-		c, err := tls.Dial("tcp", m.tls, &tls.Config{InsecureSkipVerify: true, ServerName: name}) //nolint:gosec // a test
+		c, err := tls.Dial("tcp", m.tls, &tls.Config{InsecureSkipVerify: true, ServerName: name}) // a test
 		if err != nil {
 			return "error"
 		}

@@ -36,7 +36,7 @@ func listenerOf(name string, fd ipc.FD) (net.Listener, error) {
 		return nil, fmt.Errorf("listener %s: %w", name, err)
 	}
 	f := fd.File(name)
-	defer f.Close() //nolint:errcheck // the listener has its own
+	defer f.Close() // the listener has its own
 	l, err := net.FileListener(f)
 	if err != nil {
 		return nil, fmt.Errorf("listener %s: %w", name, err)
@@ -51,7 +51,7 @@ func connOfFD(fd ipc.FD) (net.Conn, error) {
 		return nil, fmt.Errorf("connection to an instance: %w", err)
 	}
 	f := fd.File("instance")
-	defer f.Close() //nolint:errcheck // the connection has its own
+	defer f.Close() // the connection has its own
 	c, err := net.FileConn(f)
 	if err != nil {
 		return nil, fmt.Errorf("connection to an instance: %w", err)

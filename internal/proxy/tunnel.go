@@ -30,7 +30,7 @@ func upgradeOf(r *http.Request) string {
 // tunnel passes bytes in both directions until both have ended, or ctx.
 func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *flight, resp *upstream.Response, id string) {
 	fl.becomeStream()
-	defer resp.Tunnel.Close() //nolint:errcheck // it returns none
+	defer resp.Tunnel.Close() // it returns none
 	if !fl.detach() {
 		panic(http.ErrAbortHandler)
 	}
@@ -39,7 +39,7 @@ func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *f
 		h.log.Error("connection cannot be taken over", "app", fl.app.id, "error", err)
 		panic(http.ErrAbortHandler)
 	}
-	defer conn.Close() //nolint:errcheck // nothing is to be done about it
+	defer conn.Close() // nothing is to be done about it
 	stop := context.AfterFunc(ctx, func() {
 		_ = conn.Close()
 		_ = resp.Tunnel.Close()

@@ -226,7 +226,7 @@ func setCaps(keep []uintptr) error {
 		set |= 1 << c
 	}
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-	lo, hi := uint32(set), uint32(set>>32) //nolint:gosec // the two halves
+	lo, hi := uint32(set), uint32(set>>32) // the two halves
 	data := [2]unix.CapUserData{
 		{Effective: lo, Permitted: lo, Inheritable: lo},
 		{Effective: hi, Permitted: hi, Inheritable: hi},

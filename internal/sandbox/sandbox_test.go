@@ -165,7 +165,7 @@ func self(t testing.TB, dir string) string {
 		t.Fatal(err)
 	}
 	to := filepath.Join(dir, "program")
-	if err := os.WriteFile(to, b, 0o755); err != nil { //nolint:gosec // others have to execute it
+	if err := os.WriteFile(to, b, 0o755); err != nil { // others have to execute it
 		t.Fatal(err)
 	}
 	return to

@@ -132,7 +132,7 @@ func queryLock(ctx context.Context, tx *sql.Tx) (*Lock, error) {
 	var acquired, renewed int64
 	err := tx.QueryRowContext(ctx, `SELECT owner, acquired_at_ms, renewed_at_ms FROM upgrade_lock WHERE id = 1`).Scan(&l.Owner, &acquired, &renewed)
 	if errors.Is(err, sql.ErrNoRows) {
-		return nil, nil //nolint:nilnil // no lock is an answer
+		return nil, nil // no lock is an answer
 	}
 	if err != nil {
 		return nil, err

@@ -45,7 +45,7 @@ func Heartbeat(ctx context.Context, interval time.Duration, missed int, send fun
 		if time.Since(due) > interval/2 {
 			answered = sent // we were late ourselves
 		}
-		if sent-answered >= uint64(missed) { //nolint:gosec // a small positive number
+		if sent-answered >= uint64(missed) { // a small positive number
 			late()
 			return
 		}

@@ -230,7 +230,7 @@ func TestAnswersMayOvertakeEachOther(t *testing.T) {
 	calls, answer := served(t, func(c *Conn, got []Message) {
 		slices.Reverse(got)
 		for _, m := range got {
-			n := m.Body.(*Dial).Instance.N //nolint:forcetypeassert // the only kind
+			n := m.Body.(*Dial).Instance.N // the only kind
 			if n%2 == 0 {
 				must(t, c.ReplyError(m.ID, tako.Errorf(tako.CodeNotFound, "no instance %d", n)))
 				continue

@@ -164,7 +164,7 @@ func fill(t testing.TB, v reflect.Value, path string, n *int) {
 	t.Helper()
 	*n++
 	if v.Type() == reflect.TypeFor[tako.InstanceID]() {
-		v.Set(reflect.ValueOf(tako.InstanceID{App: "blog", N: uint32(*n)})) //nolint:gosec // small
+		v.Set(reflect.ValueOf(tako.InstanceID{App: "blog", N: uint32(*n)})) // small
 		return
 	}
 	switch v.Kind() { //nolint:exhaustive // the default fails
@@ -183,9 +183,9 @@ func fill(t testing.TB, v reflect.Value, path string, n *int) {
 	case reflect.Int, reflect.Int64:
 		v.SetInt(int64(*n))
 	case reflect.Uint16, reflect.Uint32, reflect.Uint64:
-		v.SetUint(uint64(*n)) //nolint:gosec // small
+		v.SetUint(uint64(*n)) // small
 	case reflect.Uint8:
-		v.SetUint(uint64(*n % 256)) //nolint:gosec // small
+		v.SetUint(uint64(*n % 256)) // small
 	case reflect.Slice:
 		v.Set(reflect.MakeSlice(v.Type(), 2, 2))
 		fallthrough
@@ -351,7 +351,7 @@ func FuzzAccept(f *testing.F) {
 	links := []Link{LinkProxy, LinkAgent, LinkSigning, LinkDialing}
 	each(func(link Link, from Role, r *Rule) {
 		rec := record(f, r)
-		f.Add(uint8(slices.Index(links, link)), from == Proxy || from == Agent && link == LinkAgent, uint8(r.In[0]), rec.Kind, uint16(rec.Flags), rec.Body, uint8(len(rec.Files))) //nolint:gosec // small
+		f.Add(uint8(slices.Index(links, link)), from == Proxy || from == Agent && link == LinkAgent, uint8(r.In[0]), rec.Kind, uint16(rec.Flags), rec.Body, uint8(len(rec.Files))) // small
 	})
 	f.Fuzz(func(t *testing.T, link uint8, second bool, state uint8, kind, flags uint16, body []byte, nfiles uint8) {
 		l := links[int(link)%len(links)]

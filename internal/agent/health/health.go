@@ -266,7 +266,7 @@ func (t *Target) ask(ctx context.Context, via wire.Transport, limit time.Duratio
 		}
 		return answer{detail: t.nobody()}, true
 	}
-	defer conn.Close()                                          //nolint:errcheck // nothing was promised to it
+	defer conn.Close()                                          // nothing was promised to it
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })() // also when the instance is stopped
 	if t.Probe.Kind == wire.ProbeConnect {
 		return answer{good: true, rank: accepted}, true
@@ -289,7 +289,7 @@ func (t *Target) nobody() string {
 func (t *Target) request(conn net.Conn, limit time.Duration) answer {
 	p := &t.Probe
 	begin := time.Now()
-	_ = conn.SetDeadline(begin.Add(limit)) //nolint:errcheck // a closed connection fails below
+	_ = conn.SetDeadline(begin.Add(limit)) // a closed connection fails below
 	_, err := io.WriteString(conn, "GET "+p.Path+" HTTP/1.1\r\nHost: "+p.Host+
 		"\r\nUser-Agent: tako\r\nAccept: */*\r\nConnection: close\r\n\r\n")
 	var status int
@@ -305,8 +305,8 @@ func (t *Target) request(conn net.Conn, limit time.Duration) answer {
 		}
 		return answer{rank: accepted, detail: fmt.Sprintf("GET %s got no answer: %s", p.Path, why)}
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(restTime))        //nolint:errcheck // see above
-	_, _ = io.Copy(io.Discard, io.LimitReader(conn, maxRest)) //nolint:errcheck // a courtesy
+	_ = conn.SetReadDeadline(time.Now().Add(restTime))        // see above
+	_, _ = io.Copy(io.Discard, io.LimitReader(conn, maxRest)) // a courtesy
 	if good(p, status) {
 		return answer{good: true, rank: answered}
 	}

@@ -201,7 +201,7 @@ func TestInstanceThatHangsIsNotGoodInTime(t *testing.T) {
 			<-r.Context().Done()
 		}
 	})}
-	go srv.Serve(l) //nolint:errcheck // ends with the test
+	go srv.Serve(l) // ends with the test
 	defer srv.Close()
 	reports := watch(t, Target{Port: portOf(t, l.Addr().String())})
 	next(t, reports)
@@ -228,7 +228,7 @@ func TestEitherTransportMayAnswerFirst(t *testing.T) {
 		t.Fatal(err)
 	}
 	srv := &http.Server{Handler: http.NotFoundHandler()}
-	go srv.Serve(l) //nolint:errcheck // ends with the test
+	go srv.Serve(l) // ends with the test
 	defer srv.Close()
 	tcp := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
 	defer tcp.Close()
@@ -256,7 +256,7 @@ func TestInstanceThatIsNotReadyInTimeIsReportedOnceAndStillWatched(t *testing.T)
 		t.Skipf("the port was taken meanwhile: %v", err)
 	}
 	srv := &http.Server{Handler: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {})}
-	go srv.Serve(l) //nolint:errcheck // ends with the test
+	go srv.Serve(l) // ends with the test
 	defer srv.Close()
 	if p := next(t, reports); !p.Good || p.Streak != 1 {
 		t.Errorf("%+v", p)
@@ -270,7 +270,7 @@ func TestDialRefusesAStrangersListener(t *testing.T) {
 	}
 	defer l.Close()
 	port := portOf(t, l.Addr().String())
-	me := uint32(os.Getuid()) //nolint:gosec // a user is 32 bits
+	me := uint32(os.Getuid()) // a user is 32 bits
 	_, err = Dial(context.Background(), port, me+1)
 	stranger, ok := errors.AsType[*StrangerError](err)
 	if !ok || stranger.UID != me || stranger.Port != port {

@@ -126,7 +126,7 @@ func socketsOfGroup(pgid int) map[uint32]bool {
 	if err != nil {
 		return nil
 	}
-	defer dir.Close() //nolint:errcheck // only read
+	defer dir.Close() // only read
 	names, _ := dir.Readdirnames(maxProcesses)
 	for _, name := range names {
 		if pid, err := strconv.Atoi(name); err != nil || groupOf(pid) != pgid {
@@ -188,7 +188,7 @@ func diagListeners(port uint16) ([]listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer unix.Close(s) //nolint:errcheck // nothing is to be done about it
+	defer unix.Close(s) // nothing is to be done about it
 	tv := unix.NsecToTimeval(int64(diagTimeout))
 	if err := unix.SetsockoptTimeval(s, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {
 		return nil, err

@@ -42,7 +42,7 @@ func Help(ctx context.Context, name string, id *Identity, request any, input ipc
 	if err != nil {
 		return fmt.Errorf("%s: %w", name, err)
 	}
-	defer null.Close()      //nolint:errcheck // nothing was written
+	defer null.Close()      // nothing was written
 	stdin := uintptr(input) // the number as it is: an os.File would change its mode
 	if input == 0 {
 		stdin = null.Fd()
@@ -51,9 +51,9 @@ func Help(ctx context.Context, name string, id *Identity, request any, input ipc
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		return fmt.Errorf("%s: make a pipe: %w", name, err)
 	}
-	_ = unix.SetNonblock(pipe[0], true) //nolint:errcheck // of our own end alone
+	_ = unix.SetNonblock(pipe[0], true) // of our own end alone
 	answers := os.NewFile(uintptr(pipe[0]), "answer")
-	defer answers.Close() //nolint:errcheck // only read
+	defer answers.Close() // only read
 	c, err := spawn([]string{name, string(who), string(req)}, []uintptr{stdin, uintptr(pipe[1]), 2})
 	ipc.FD(pipe[1]).Close()
 	if err != nil {

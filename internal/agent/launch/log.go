@@ -113,7 +113,7 @@ func (l *Log) openFile(name string) (logFile, error) {
 		_ = f.Close()
 		return nil, fmt.Errorf("%s is not a file", filepath.Join(l.dir, name))
 	}
-	_ = f.Chmod(logMode) //nolint:errcheck // the umask may have narrowed it
+	_ = f.Chmod(logMode) // the umask may have narrowed it
 	return f, nil
 }
 
@@ -123,7 +123,7 @@ func (l *Log) openFile(name string) (logFile, error) {
 func openFolder(dir string, gid uint32) (ipc.FD, error) {
 	if gid != 0 {
 		runtime.LockOSThread()
-		was, _ := unix.SetfsgidRetGid(int(gid)) //nolint:errcheck // it reports none: the open below does
+		was, _ := unix.SetfsgidRetGid(int(gid)) // it reports none: the open below does
 		defer func() {
 			_, _ = unix.SetfsgidRetGid(was)
 			if now, _ := unix.SetfsgidRetGid(-1); now == was {
@@ -148,7 +148,7 @@ func (l *Log) Resize(maxBytes int64, files int) {
 		files = DefaultLogFiles
 	}
 	l.max.Store(max(maxBytes, MinLogBytes))
-	l.files.Store(int32(min(files, MaxLogFiles))) //nolint:gosec // bounded
+	l.files.Store(int32(min(files, MaxLogFiles))) // bounded
 }
 
 // Close closes the file, after a write that is under way. A later line opens it
@@ -282,10 +282,10 @@ func (l *Log) rotate() error {
 	}
 	dir, files := int(l.folder), int(l.files.Load())
 	if files == 1 {
-		_ = unix.Unlinkat(dir, name(0), 0) //nolint:errcheck // then it grows on
+		_ = unix.Unlinkat(dir, name(0), 0) // then it grows on
 	}
 	for i := files - 1; i > 0; i-- {
-		_ = unix.Renameat(dir, name(i-1), dir, name(i)) //nolint:errcheck // it may not be there
+		_ = unix.Renameat(dir, name(i-1), dir, name(i)) // it may not be there
 	}
 	for i := files; i < MaxLogFiles && unix.Unlinkat(dir, name(i), 0) == nil; i++ {
 		// fewer files are wanted than before

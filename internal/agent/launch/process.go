@@ -88,7 +88,7 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 	if err != nil {
 		return nil, none, err
 	}
-	defer null.Close() //nolint:errcheck // nothing was written
+	defer null.Close() // nothing was written
 	spec, err := sealedSpec(execSpec{Command: c.Command, MinUID: c.MinUID, MaxUID: c.MaxUID})
 	if err != nil {
 		return nil, none, err
@@ -110,7 +110,7 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 	}
 	var readers [3]*os.File
 	for i, name := range []string{"stdout", "stderr", "complaint"} {
-		_ = unix.SetNonblock(pipes[i][0], true) //nolint:errcheck // of our own end alone
+		_ = unix.SetNonblock(pipes[i][0], true) // of our own end alone
 		readers[i] = os.NewFile(uintptr(pipes[i][0]), name)
 	}
 	closeReaders := func() {
@@ -178,7 +178,7 @@ func checkUser(u wire.User, minUID, maxUID uint32) error {
 // complaint waits until the stage has become the program, which closes its end
 // of the pipe, or has written why it cannot.
 func complaint(ctx context.Context, r *os.File) error {
-	_ = r.SetReadDeadline(time.Now().Add(StartTimeout)) //nolint:errcheck // it is a pipe
+	_ = r.SetReadDeadline(time.Now().Add(StartTimeout)) // it is a pipe
 	defer context.AfterFunc(ctx, func() { _ = r.SetReadDeadline(time.Now()) })()
 	text, err := io.ReadAll(io.LimitReader(r, maxComplaint))
 	if len(text) > 0 {
@@ -220,7 +220,7 @@ func (p *Process) run(pumps *sync.WaitGroup, outputs []*os.File) {
 	p.child.wait()
 	close(p.exited)
 	for _, f := range outputs {
-		_ = f.SetReadDeadline(time.Now().Add(DrainTimeout)) //nolint:errcheck // it is a pipe
+		_ = f.SetReadDeadline(time.Now().Add(DrainTimeout)) // it is a pipe
 	}
 	pumps.Wait()
 	for _, f := range outputs {

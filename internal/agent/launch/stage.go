@@ -50,7 +50,7 @@ type execSpec struct {
 // the program could not be started; the caller then exits.
 func Exec() {
 	err := execCommand()
-	_, _ = io.WriteString(os.NewFile(complaintFD, "complaint"), clip(err.Error(), maxComplaint)) //nolint:errcheck // nobody else to tell
+	_, _ = io.WriteString(os.NewFile(complaintFD, "complaint"), clip(err.Error(), maxComplaint)) // nobody else to tell
 }
 
 func execCommand() error {
@@ -62,7 +62,7 @@ func execCommand() error {
 	if err := checkUser(c.User, spec.MinUID, spec.MaxUID); err != nil {
 		return err
 	}
-	_ = os.WriteFile("/proc/self/oom_score_adj", []byte(oomScore), 0) //nolint:errcheck // a kernel may lack it
+	_ = os.WriteFile("/proc/self/oom_score_adj", []byte(oomScore), 0) // a kernel may lack it
 	var id *sandbox.Identity
 	if c.User.UID != 0 {
 		id = &sandbox.Identity{UID: c.User.UID, GID: c.User.GID}
@@ -181,7 +181,7 @@ func Helper(args []string, do func(request []byte, input *os.File) (any, error))
 		a = helpAnswer{Code: e.Code, Message: e.Message}
 	}
 	if b, err := json.Marshal(a); err == nil {
-		_, _ = os.Stdout.Write(b) //nolint:errcheck // nobody else to tell
+		_, _ = os.Stdout.Write(b) // nobody else to tell
 	}
 }
 

@@ -427,7 +427,7 @@ func (x *exchange) send() {
 	left, chunked := x.req.ContentLength, x.req.ContentLength < 0
 	for {
 		n, err := x.req.Body.Read(*buf)
-		if err != nil && err != io.EOF { //nolint:errorlint // readers return it bare
+		if err != nil && err != io.EOF { // readers return it bare
 			x.bodyErr.Store(&BodyError{Err: err})
 			_ = x.c.Conn.Close() // the instance must not take what it got for the whole
 			return
@@ -498,7 +498,7 @@ type body struct {
 func (b *body) Read(p []byte) (int, error) {
 	n, err := b.rc.Read(p)
 	if err != nil {
-		b.x.end(err == io.EOF) //nolint:errorlint // readers return it bare
+		b.x.end(err == io.EOF) // readers return it bare
 	}
 	return n, err
 }
