@@ -22,8 +22,8 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
-	"tako/internal/agent/launch"
 	"tako/internal/ipc"
+	"tako/internal/supervise"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -67,7 +67,7 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 		dialers:   make(chan struct{}, MaxDialers),
 	}
 	defer a.conn.Close() //nolint:errcheck // the master has gone or will see it
-	if err := launch.Subreaper(); err != nil {
+	if err := supervise.Subreaper(); err != nil {
 		return err
 	}
 	if err := a.greet(ctx, cfg.Version); err != nil {
@@ -80,7 +80,7 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	var all sync.WaitGroup
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	a.work, a.all = work, &all
-	all.Go(func() { launch.Reap(work) })
+	all.Go(func() { supervise.Reap(work) })
 	received := make(chan wire.Message)
 	var lost error // of the receiver; read after received is closed
 	all.Go(func() {

@@ -123,18 +123,26 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 		argv = append(argv, spec.Identity.Arg())
 	}
 	pidfd := -1
-	proc, err := os.StartProcess(fmt.Sprintf("/proc/self/fd/%d", program), append(argv, spec.Args...), &os.ProcAttr{
-		Dir:   "/",
-		Env:   environment(spec.Env),
-		Files: []*os.File{null, w, w, theirEnd},
-		Sys:   &syscall.SysProcAttr{Setpgid: true, PidFD: &pidfd},
+	var proc *os.Process
+	err = Fork(func() (int, error) {
+		var err error
+		proc, err = os.StartProcess(fmt.Sprintf("/proc/self/fd/%d", program), append(argv, spec.Args...), &os.ProcAttr{
+			Dir:   "/",
+			Env:   environment(spec.Env),
+			Files: []*os.File{null, w, w, theirEnd},
+			Sys:   &syscall.SysProcAttr{Setpgid: true, PidFD: &pidfd},
+		})
+		if err != nil {
+			return 0, err
+		}
+		return proc.Pid, nil
 	})
 	if err != nil {
 		return fail(err)
 	}
 	if pidfd < 0 {
 		_ = proc.Kill()
-		_, _ = proc.Wait()
+		_ = wait(proc)
 		return fail(fmt.Errorf("the system gives no pidfd (this needs Linux 5.4)"))
 	}
 	c := &Child{
@@ -170,6 +178,7 @@ func environment(env []string) []string {
 
 func wait(proc *os.Process) Exit {
 	state, err := proc.Wait()
+	Waited(proc.Pid)
 	if err != nil {
 		return Exit{Code: -1, Err: fmt.Errorf("wait for process: %w", err)}
 	}

@@ -1,14 +1,10 @@
 package launch
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
-	"sync"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -23,13 +19,6 @@ type child struct {
 	pidfd *os.File
 }
 
-// children are the processes that somebody here waits for, by number. Reap
-// leaves them alone.
-var children = struct {
-	sync.Mutex
-	pids map[int]bool
-}{pids: make(map[int]bool)}
-
 // self is this program's own file, also when its path now holds another one.
 const self = "/proc/self/exe"
 
@@ -42,12 +31,11 @@ func spawn(argv []string, files []uintptr) (*child, error) {
 		Files: files,
 		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
 	}
-	children.Lock() // so that Reap knows it before it can end
-	pid, err := syscall.ForkExec(self, argv, attr)
-	if err == nil {
-		children.pids[pid] = true
-	}
-	children.Unlock()
+	var pid int
+	err := supervise.Fork(func() (_ int, err error) {
+		pid, err = syscall.ForkExec(self, argv, attr)
+		return pid, err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("start %s: %w", argv[0], err)
 	}
@@ -95,9 +83,7 @@ func (c *child) reap() (status unix.WaitStatus, ok bool) {
 		ok = err == nil
 		break
 	}
-	children.Lock()
-	delete(children.pids, c.pid)
-	children.Unlock()
+	supervise.Waited(c.pid)
 	if c.pidfd != nil {
 		_ = c.pidfd.Close()
 	}
@@ -107,58 +93,4 @@ func (c *child) reap() (status unix.WaitStatus, ok bool) {
 // signalGroup signals the process and its group. It must not have been reaped.
 func (c *child) signalGroup(sig unix.Signal) {
 	_ = supervise.SignalGroup(c.pid, sig) //nolint:errcheck // nobody is left in it
-}
-
-// Subreaper makes this process the parent of its descendants' orphans.
-func Subreaper() error {
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		return fmt.Errorf("become the reaper of orphans: %w", err)
-	}
-	return nil
-}
-
-// Reap takes the status of every child that nobody here started: the orphans of
-// instances. It returns when ctx ends.
-func Reap(ctx context.Context) {
-	sig := make(chan os.Signal, 1)
-	signal.Notify(sig, unix.SIGCHLD)
-	defer signal.Stop(sig)
-	again := time.NewTimer(0)
-	defer again.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-sig:
-		case <-again.C:
-		}
-		if !reapOrphans() { // one of ours stands in front and is taken in a moment
-			again.Reset(10 * time.Millisecond)
-		}
-	}
-}
-
-// reapOrphans takes ended children up to the first that somebody waits for. It
-// reports whether there was none such.
-func reapOrphans() bool {
-	for {
-		var info siginfo
-		err := unix.Waitid(unix.P_ALL, 0, info.raw(), unix.WEXITED|unix.WNOWAIT|unix.WNOHANG, nil)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil || info.pid == 0 {
-			return true
-		}
-		pid := int(info.pid)
-		children.Lock()
-		waited := children.pids[pid]
-		if !waited {
-			_, _ = unix.Wait4(pid, nil, unix.WNOHANG, nil) //nolint:errcheck // an orphan's status is nobody's concern
-		}
-		children.Unlock()
-		if waited {
-			return false
-		}
-	}
 }
