@@ -162,6 +162,25 @@ func Open(fd FD) (*Channel, error) {
 // Close ends the channel. The peer reads io.EOF after what was sent before.
 func (c *Channel) Close() error { return c.conn.Close() }
 
+// SetReadDeadline makes Receive fail with os.ErrDeadlineExceeded from t on; the
+// zero time takes that back. No record is lost by it.
+func (c *Channel) SetReadDeadline(t time.Time) error { return c.conn.SetReadDeadline(t) }
+
+// Dup returns a duplicate of the channel's descriptor, close-on-exec, for the
+// caller to close: for the next image of this process to Open.
+func (c *Channel) Dup() (FD, error) {
+	raw, err := c.conn.SyscallConn()
+	if err != nil {
+		return 0, fmt.Errorf("duplicate a channel: %w", err)
+	}
+	var fd int
+	ctl := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) })
+	if err := errors.Join(ctl, err); err != nil {
+		return 0, fmt.Errorf("duplicate a channel: %w", err)
+	}
+	return FD(fd), nil
+}
+
 // Send writes one record, its descriptors duplicated on the way. It waits for a
 // full peer, SendTimeout at most; the error is then os.ErrDeadlineExceeded. After
 // Close it is net.ErrClosed, after the peer's Close unix.EPIPE.
