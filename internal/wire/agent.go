@@ -17,6 +17,9 @@ import (
 //	  | ---- Unpack (1 FD) --> <--- Unpacked or Fault -   |
 //	  | ---- Run    --> <--- Ran or Fault -------------   |
 //	  |                                                   |
+//	  | ---- Adopt (3 FDs) ---------------------------->  |  once per instance that outlived the agent before,
+//	  |                                                   |  ahead of the first DialerSocket; then Probed and Exited
+//	  |                                                   |
 //	  | ---- Start ------------------------------------>  |  exactly one of the next two
 //	  | <--- Started (3 FDs) ---------------------------  |  pidfd, stdout, stderr
 //	  | <--- StartFailed -------------------------------  |  it never ran
@@ -27,7 +30,8 @@ import (
 //	  | ---- Ping --> <--- Pong -----------------------   |
 //
 // When the channel closes the agent stops every instance, SIGTERM first, and
-// exits.
+// exits. When the agent dies the instances run on: the master has their
+// descriptors, and has the next agent adopt them.
 
 // AgentSettings are what the agent has to know once.
 type AgentSettings struct {
@@ -45,6 +49,29 @@ type AgentSettings struct {
 	// 0 and 0 as root, or when everything runs as one user.
 	Owner      uint32 `json:"owner"`
 	OwnerGroup uint32 `json:"owner_group"`
+	// Groups are the folders in which the agent may make control groups.
+	Groups Groups `json:"groups"`
+}
+
+// Groups are folders of control group hierarchies that the agent's user owns;
+// "" for one that is not to be had.
+type Groups struct {
+	// V2 is of version 2, and V2Controllers those of "memory", "cpu" and "pids"
+	// that a group below it has; none in a hybrid hierarchy. The agent itself
+	// stands in a group below V2.
+	V2            string   `json:"v2"`
+	V2Controllers []string `json:"v2_controllers"`
+	// Memory, CPU and PIDs are of version 1.
+	Memory string `json:"memory"`
+	CPU    string `json:"cpu"`
+	PIDs   string `json:"pids"`
+}
+
+// Limits bound one instance; 0 leaves something unbounded.
+type Limits struct {
+	Memory   int64 `json:"memory"`    // bytes
+	CPUMilli int   `json:"cpu_milli"` // thousandths of a core
+	PIDs     int   `json:"pids"`      // processes and threads
 }
 
 // DialerSocket hands over the agent's end of a proxy's dialling socket.
@@ -82,6 +109,20 @@ type Start struct {
 	// ReadyMS bounds the time until the first good probe. The agent reports and
 	// goes on probing after it; the master decides.
 	ReadyMS int `json:"ready_ms"`
+	// Limits are kept as far as the machine lets the agent: Started says how far.
+	Limits Limits `json:"limits"`
+}
+
+// Adopt hands over an instance that another agent has started, with what that
+// one's Started brought: pidfd, stdout, stderr. It is watched, read and probed
+// from then on, and ends with Exited like any other. It may have ended already.
+type Adopt struct {
+	Start Start `json:"start"`
+	PID   int   `json:"pid"`
+	// Via is where it answered; "" if it never did.
+	Via Transport `json:"via"`
+	// AfterMS is the time since its process was started.
+	AfterMS int64 `json:"after_ms"`
 }
 
 // Probe is how an instance shows that it is well.
@@ -139,14 +180,21 @@ type Run struct {
 
 // Ran answers Run when the command could be started.
 type Ran struct {
-	Exit     Exit   `json:"exit"`
-	TimedOut bool   `json:"timed_out"`
-	Stdout   string `json:"stdout"` // the first MaxRanOutput bytes
-	Stderr   string `json:"stderr"`
+	Exit     Exit `json:"exit"`
+	TimedOut bool `json:"timed_out"`
+	// Stdout and Stderr are all of the output, or its first and last bytes with
+	// RanCut between them.
+	Stdout string `json:"stdout"`
+	Stderr string `json:"stderr"`
 }
 
-// MaxRanOutput bounds each output in Ran, in bytes.
-const MaxRanOutput = 4096
+// Bounds of each output in Ran: at most MaxRanOutput bytes, of which MaxRanHead
+// come before RanCut.
+const (
+	MaxRanOutput = 4096
+	MaxRanHead   = 2048
+	RanCut       = "\n[...]\n"
+)
 
 // Tree makes or mends the folders of an app, with owners and modes of the
 // design's table, as far as the agent's powers go.
@@ -193,6 +241,9 @@ type Unpacked struct {
 type Started struct {
 	Instance tako.InstanceID `json:"instance"`
 	PID      int             `json:"pid"`
+	// Limits says by what its limits are kept, such as "cgroup v2", and which are
+	// not; "" when it has none.
+	Limits string `json:"limits"`
 }
 
 // StartFailed says that an instance could not be started at all.

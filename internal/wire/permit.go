@@ -116,6 +116,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindUnpack, In: live, Files: 1, New: of[Unpack]()},
 			{Kind: KindRun, In: live, New: of[Run]()},
 			{Kind: KindStart, In: live, New: of[Start]()},
+			{Kind: KindAdopt, In: live, Files: 3, New: of[Adopt]()},
 			{Kind: KindStop, In: live, New: of[Stop]()},
 			{Kind: KindPing, In: []State{Configuring, Serving}, New: of[Ping]()},
 		},
