@@ -7,7 +7,6 @@
 package supervise
 
 import (
-	"context"
 	"fmt"
 	"os"
 	"slices"
@@ -20,7 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"tako/internal/ipc"
-	"tako/internal/logging"
 	"tako/internal/sandbox"
 )
 
@@ -75,6 +73,7 @@ type Child struct {
 	done    chan struct{} // closed once exit is set
 	relayed chan struct{} // closed once the output was read to its end
 	exit    Exit
+	output  *os.File // the reading end of its log pipe
 
 	mu    sync.Mutex
 	pidfd int // guarded by mu; -1 once closed
@@ -147,20 +146,9 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 	}
 	c := &Child{
 		Channel: channel, PID: proc.Pid, Role: spec.Role, Started: time.Now(),
-		done: make(chan struct{}), relayed: make(chan struct{}), pidfd: pidfd,
+		done: make(chan struct{}), relayed: make(chan struct{}), pidfd: pidfd, output: output,
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	go func() {
-		defer close(c.relayed)
-		defer output.Close()
-		defer cancel()
-		logging.Relay(ctx, output, log, spec.Role)
-	}()
-	go func() {
-		c.exit = wait(proc)
-		close(c.done)
-		time.AfterFunc(relayGrace, cancel)
-	}()
+	c.watch(proc, log)
 	return c, nil
 }
 
