@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"strings"
@@ -27,7 +28,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 
 func TestAgentStartedByHandSaysWhoStartsIt(t *testing.T) {
 	out, err := program(t).CombinedOutput()
-	if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != wire.ExitUsage || !strings.Contains(string(out), "started by tako-master, not by hand") {
+	if exit, ok := errors.AsType[*exec.ExitError](err); !ok || exit.ExitCode() != wire.ExitUsage || !strings.Contains(string(out), "started by tako-master, not by hand") {
 		t.Errorf("%v: %s", err, out)
 	}
 }

@@ -56,7 +56,7 @@ func newRig(tb testing.TB, settings wire.AgentSettings) *rig {
 // prepare makes everything but the agent, whose end of the channel it returns.
 func prepare(tb testing.TB) (*rig, ipc.FD) {
 	tb.Helper()
-	dir, err := os.MkdirTemp("", "tako-agent")
+	dir, err := os.MkdirTemp("", "tako-agent") //nolint:usetesting // t.TempDir is closed to other users
 	must(tb, err)
 	must(tb, os.Chmod(dir, 0o755))
 	tb.Cleanup(func() { os.RemoveAll(dir) })

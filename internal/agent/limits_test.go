@@ -51,8 +51,10 @@ func TestOneInstanceTooManyFailsToStart(t *testing.T) {
 	for i := range MaxInstances {
 		a.instances[tako.InstanceID{App: "full", N: uint32(i + 1)}] = &instance{}
 	}
-	m := &wire.Start{Instance: tako.InstanceID{App: "blog", N: 1}, Port: 4000, Probe: wire.Probe{Kind: wire.ProbeConnect},
-		Command: wire.Command{Dir: "/", Argv: []string{"true"}}, LogDir: "/nowhere"}
+	m := &wire.Start{
+		Instance: tako.InstanceID{App: "blog", N: 1}, Port: 4000, Probe: wire.Probe{Kind: wire.ProbeConnect},
+		Command: wire.Command{Dir: "/", Argv: []string{"true"}}, LogDir: "/nowhere",
+	}
 	must(t, a.message(&wire.Message{Kind: wire.KindStart, Body: m}))
 	got, err := master.Receive()
 	must(t, err)

@@ -55,8 +55,10 @@ func (a *agent) unpack(m *wire.Unpack, input ipc.FD) (any, error) {
 	if m.User.UID != 0 {
 		id = &launch.Identity{UID: a.settings.Owner, GID: m.User.GID}
 	}
-	work := unpackWork{Dir: m.Dir, Temp: incoming + rand.Text(), Name: m.Name,
-		Limits: archive.Limits{MaxBytes: m.MaxBytes, MaxFiles: m.MaxFiles}}
+	work := unpackWork{
+		Dir: m.Dir, Temp: incoming + rand.Text(), Name: m.Name,
+		Limits: archive.Limits{MaxBytes: m.MaxBytes, MaxFiles: m.MaxFiles},
+	}
 	var got wire.Unpacked
 	err := launch.Help(ctx, UnpackName, id, work, input, &got)
 	if err == nil {
@@ -128,5 +130,5 @@ func Stage() {
 	default:
 		return
 	}
-	os.Exit(wire.ExitFailed) // whatever it was, it is told
+	os.Exit(wire.ExitFailed) //nolint:forbidigo // it stands for main here; whatever it was, it is told
 }

@@ -92,12 +92,15 @@ func TestPackRefusesAFileThatGrows(t *testing.T) {
 func file(name, text string) entry {
 	return entry{tar.Header{Name: name, Mode: 0o644, Size: int64(len(text))}, text}
 }
+
 func link(name, target string) entry {
 	return entry{tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target}, ""}
 }
+
 func folder(name string) entry {
 	return entry{tar.Header{Name: name + "/", Typeflag: tar.TypeDir, Mode: 0o2777}, ""}
 }
+
 func special(name string, flag byte) entry {
 	return entry{tar.Header{Name: name, Typeflag: flag, Linkname: "x"}, ""}
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -88,8 +89,7 @@ func (r ruleset) match(name string, dir bool) (ignored, found bool) {
 	if !below {
 		return false, false
 	}
-	for i := len(r.patterns) - 1; i >= 0; i-- {
-		p := r.patterns[i]
+	for _, p := range slices.Backward(r.patterns) {
 		if p.dirOnly && !dir {
 			continue
 		}
@@ -269,16 +269,16 @@ type rules struct {
 // what any .gitignore says; within each the deepest file that has a pattern about
 // name decides. back is whether a .takoignore took it in again.
 func (r rules) ignores(name string, dir bool) (ignored, back bool) {
-	for i := len(r.tako) - 1; i >= 0; i-- {
-		if ignored, found := r.tako[i].match(name, dir); found {
+	for _, file := range slices.Backward(r.tako) {
+		if ignored, found := file.match(name, dir); found {
 			return ignored, !ignored
 		}
 	}
 	if r.whole {
 		return false, false
 	}
-	for i := len(r.git) - 1; i >= 0; i-- {
-		if ignored, found := r.git[i].match(name, dir); found {
+	for _, file := range slices.Backward(r.git) {
+		if ignored, found := file.match(name, dir); found {
 			return ignored, false
 		}
 	}

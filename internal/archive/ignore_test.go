@@ -44,10 +44,10 @@ func TestIgnoreMeansWhatItMeansToGit(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			dir := tree(t, c.files)
 			want := map[string]bool{}
-			for _, p := range strings.Fields(c.ignore) {
+			for p := range strings.FieldsSeq(c.ignore) {
 				want[p] = true
 			}
-			for _, p := range strings.Fields(c.paths) {
+			for p := range strings.FieldsSeq(c.paths) {
 				write(t, dir, p, "x")
 			}
 			l, err := List(t.Context(), dir, Options{})
@@ -55,7 +55,7 @@ func TestIgnoreMeansWhatItMeansToGit(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer l.Close()
-			for _, p := range strings.Fields(c.paths) {
+			for p := range strings.FieldsSeq(c.paths) {
 				if got := !l.Has(p); got != want[p] {
 					t.Errorf("%s: ignored %v, want %v", p, got, want[p])
 				}

@@ -77,8 +77,10 @@ func unpack(ctx context.Context, r io.Reader, dir string, limits Limits, sync fu
 	}
 	defer decoder.Close()
 	plain := &bounded{ctx: ctx, r: decoder, left: plainBytes(limits)}
-	u := &unpacker{root: root, input: input, plain: plain, tar: tar.NewReader(plain),
-		seen: make(map[string]kind), ledger: ledger{limits: limits}, buf: make([]byte, 128<<10)}
+	u := &unpacker{
+		root: root, input: input, plain: plain, tar: tar.NewReader(plain),
+		seen: make(map[string]kind), ledger: ledger{limits: limits}, buf: make([]byte, 128<<10),
+	}
 	if err := u.all(); err != nil {
 		return u.Stats, fmt.Errorf("unpack archive: %w", err)
 	}
@@ -221,7 +223,7 @@ func (u *unpacker) trailer() error {
 		if n += m; n > MaxTrailer {
 			return refuse("more than %d zeros follow the end of the archive", MaxTrailer)
 		}
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return nil
 		}
 		if err != nil {
@@ -319,6 +321,7 @@ func (u *unpacker) parents(name string) error {
 			return refuse("entry %q is below %q, which is a file", name, dir)
 		case isLink:
 			return refuse("entry %q is below %q, which is a link", name, dir)
+		case isDir, isImplied: // it and all above it are there
 		}
 		break
 	}

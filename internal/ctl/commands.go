@@ -24,8 +24,10 @@ type reply struct {
 }
 
 func (r *run) statusCommand() *cobra.Command {
-	return r.command(&cobra.Command{Use: "status APP", Short: "Show an app and its instances", Args: cobra.ExactArgs(1),
-		Example: "  takoctl status blog\n  takoctl --json status blog | jq .state"},
+	return r.command(&cobra.Command{
+		Use: "status APP", Short: "Show an app and its instances", Args: cobra.ExactArgs(1),
+		Example: "  takoctl status blog\n  takoctl --json status blog | jq .state",
+	},
 		func(ctx context.Context, s *conn, args []string) error {
 			return ask(ctx, r, s, management.Request{Command: "status", App: args[0]}, r.showStatus)
 		})
@@ -79,12 +81,14 @@ func (r *run) showStatus(a management.AppStatus) {
 	t.write(r.Stdout)
 }
 
+type appList struct {
+	Apps []management.AppSummary `json:"apps"`
+}
+
 func (r *run) listCommand() *cobra.Command {
 	return r.command(&cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List the apps", Args: cobra.NoArgs},
 		func(ctx context.Context, s *conn, _ []string) error {
-			return ask(ctx, r, s, management.Request{Command: "list"}, func(l struct {
-				Apps []management.AppSummary `json:"apps"`
-			}) {
+			return ask(ctx, r, s, management.Request{Command: "list"}, func(l appList) {
 				if len(l.Apps) == 0 {
 					r.say("no apps yet; see takoctl deploy --help")
 					return
@@ -129,12 +133,14 @@ func (r *run) releasesCommand() *cobra.Command {
 		})
 }
 
+type routeList struct {
+	Routes []management.AppRoutes `json:"routes"`
+}
+
 func (r *run) routesCommand() *cobra.Command {
 	return r.command(&cobra.Command{Use: "routes", Short: "List the routes and the apps they lead to", Args: cobra.NoArgs},
 		func(ctx context.Context, s *conn, _ []string) error {
-			return ask(ctx, r, s, management.Request{Command: "routes"}, func(l struct {
-				Routes []management.AppRoutes `json:"routes"`
-			}) {
+			return ask(ctx, r, s, management.Request{Command: "routes"}, func(l routeList) {
 				if len(l.Routes) == 0 {
 					r.say("no routes yet; see takoctl deploy --help")
 					return
@@ -151,9 +157,11 @@ func (r *run) routesCommand() *cobra.Command {
 }
 
 func (r *run) rollbackCommand() *cobra.Command {
-	return r.command(&cobra.Command{Use: "rollback APP [VERSION]", Short: "Run an earlier release again", Args: cobra.RangeArgs(1, 2),
+	return r.command(&cobra.Command{
+		Use: "rollback APP [VERSION]", Short: "Run an earlier release again", Args: cobra.RangeArgs(1, 2),
 		Long:    "Rollback deploys a release that is still on the server, with the routes, secrets\nand instances of now. Without VERSION that is the one before the current one.",
-		Example: "  takoctl rollback blog\n  takoctl rollback blog 1.3.2"},
+		Example: "  takoctl rollback blog\n  takoctl rollback blog 1.3.2",
+	},
 		func(ctx context.Context, s *conn, args []string) error {
 			req := management.Request{Command: "rollback", App: args[0], Progress: true}
 			if len(args) == 2 {
@@ -199,7 +207,8 @@ func (r *run) restartCommand() *cobra.Command {
 
 func (r *run) scaleCommand() *cobra.Command {
 	var n uint8
-	c := &cobra.Command{Use: "scale APP N", Short: "Change how many instances an app has", Example: "  takoctl scale blog 4\n  takoctl scale blog 0    # on demand",
+	c := &cobra.Command{
+		Use: "scale APP N", Short: "Change how many instances an app has", Example: "  takoctl scale blog 4\n  takoctl scale blog 0    # on demand",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if err := cobra.ExactArgs(2)(cmd, args); err != nil {
 				return err
@@ -210,7 +219,8 @@ func (r *run) scaleCommand() *cobra.Command {
 			}
 			n = uint8(v)
 			return nil
-		}}
+		},
+	}
 	return r.command(c, func(ctx context.Context, s *conn, args []string) error {
 		return ask(ctx, r, s, management.Request{Command: "scale", App: args[0], Instances: &n, Progress: true}, func(a reply) {
 			if a.Instances == 0 {
@@ -260,9 +270,11 @@ func (r *run) deleteCommand() *cobra.Command {
 func (r *run) logsCommand() *cobra.Command {
 	var lines uint32
 	var follow bool
-	c := &cobra.Command{Use: "logs APP", Short: "Show what an app wrote", Args: cobra.ExactArgs(1),
+	c := &cobra.Command{
+		Use: "logs APP", Short: "Show what an app wrote", Args: cobra.ExactArgs(1),
 		Long:    "Logs shows the newest lines of an app's output, oldest first. With --json each\nline is a JSON object of its own.",
-		Example: "  takoctl logs blog -n 20\n  takoctl logs blog -f"}
+		Example: "  takoctl logs blog -n 20\n  takoctl logs blog -f",
+	}
 	c.Flags().Uint32VarP(&lines, "lines", "n", management.DefaultLogLines, "how many lines")
 	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new lines as they come")
 	c.PreRun = func(cmd *cobra.Command, _ []string) {

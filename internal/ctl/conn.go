@@ -134,7 +134,8 @@ func (r *run) startSSH(ctx context.Context) (*sshStreams, error) {
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 func (r *run) dialStdioCommand() *cobra.Command {
-	return &cobra.Command{Use: "dial-stdio", Hidden: true, Args: cobra.NoArgs,
+	return &cobra.Command{
+		Use: "dial-stdio", Hidden: true, Args: cobra.NoArgs,
 		Short: "Connect standard input and output to the management socket; what --host runs on the other side",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if r.host != "" {
@@ -146,7 +147,8 @@ func (r *run) dialStdioCommand() *cobra.Command {
 				return unreachableError{fmt.Errorf("connect to %s: %w; is tako-master running, and are you a member of the socket's group?", r.socketPath(), err)}
 			}
 			return r.relay(cmd.Context(), c.(*net.UnixConn))
-		}}
+		},
+	}
 }
 
 // relay copies both ways until the server closes, or standard input ends and the

@@ -53,21 +53,27 @@ func (b *backend) note(format string, args ...any) error {
 
 func (b *backend) Upgrading() bool { return false }
 func (b *backend) ServerInfo(context.Context) (management.ServerInfo, error) {
-	return management.ServerInfo{PID: 42, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,
+	return management.ServerInfo{
+		PID: 42, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,
 		UptimeSecs: 7200, Isolation: "all walls stand", Upgrade: &management.UpgradeLock{Owner: "deb", AgeSecs: 61},
-		Processes: []management.Process{{Role: "proxy", PID: 43, Generation: 1, State: "ready", UptimeSecs: 60, User: "tako-proxy"}}}, b.note("info")
+		Processes: []management.Process{{Role: "proxy", PID: 43, Generation: 1, State: "ready", UptimeSecs: 60, User: "tako-proxy"}},
+	}, b.note("info")
 }
+
 func (b *backend) EnterUpgrading(_ context.Context, o string, f bool) error {
 	return b.note("enter %s %v", o, f)
 }
+
 func (b *backend) ExitUpgrading(_ context.Context, o string, f bool) error {
 	return b.note("exit %s %v", o, f)
 }
+
 func (b *backend) Deploy(_ context.Context, r management.DeployRequest, p management.Progress) (management.DeployResult, error) {
 	p("starting 1 instance")
 	b.deployed = r
 	return management.DeployResult{App: r.App, Version: r.Version, NewApp: r.App != "blog", Rolled: r.App == "blog", NewInstances: 2, OldInstances: 1}, b.note("deploy %s %s", r.App, r.Version)
 }
+
 func (b *backend) Rollback(_ context.Context, a tako.AppID, v tako.ReleaseID, _ management.Progress) (management.DeployResult, error) {
 	return management.DeployResult{App: a, Version: v, Rolled: true, NewInstances: 1, OldInstances: 1}, b.note("rollback %s %s", a, v)
 }
@@ -75,34 +81,44 @@ func (b *backend) Stop(_ context.Context, a tako.AppID) error { return b.note("s
 func (b *backend) Delete(_ context.Context, a tako.AppID) (bool, error) {
 	return true, b.note("delete %s", a)
 }
+
 func (b *backend) Restart(_ context.Context, a tako.AppID, _ management.Progress) (management.DeployResult, error) {
 	return management.DeployResult{App: a, Version: "v2", Rolled: true, NewInstances: 1, OldInstances: 1}, b.note("restart %s", a)
 }
+
 func (b *backend) Scale(_ context.Context, a tako.AppID, n uint8, _ management.Progress) error {
 	return b.note("scale %s %d", a, n)
 }
+
 func (b *backend) UpdateSecrets(_ context.Context, a tako.AppID, s map[string]string, merge bool, _ management.Progress) (bool, error) {
 	return true, b.note("secrets %s %v %v", a, s, merge)
 }
+
 func (b *backend) Status(_ context.Context, a tako.AppID) (management.AppStatus, error) {
 	if a != "blog" {
 		return management.AppStatus{}, tako.Errorf(tako.CodeNotFound, "App not found: %s", a)
 	}
 	one := management.Instance{ID: 3, State: tako.InstanceHealthy, Port: 20001, PID: new(4711), UptimeSecs: 200, RequestsTotal: 12345, Transport: "unix"}
 	two := management.Instance{ID: 4, State: tako.InstanceStarting, Port: 20002, Transport: "tcp", Restarts: 2}
-	return management.AppStatus{Name: a, Version: "v2", State: tako.AppRunning, Routes: []string{"blog.example.com", "example.com/blog"}, Wanted: 2, IdleSecs: 77,
+	return management.AppStatus{
+		Name: a, Version: "v2", State: tako.AppRunning, Routes: []string{"blog.example.com", "example.com/blog"}, Wanted: 2, IdleSecs: 77,
 		Instances: []management.Instance{one, two}, LastError: new("it \x1b[31mfell"), DeployedAt: new(int64(nowUnix - 200)),
-		Builds: []management.Build{{Version: "v2", State: tako.AppRunning, Instances: []management.Instance{one}}, {Version: "v1", Instances: []management.Instance{two}}}}, nil
+		Builds: []management.Build{{Version: "v2", State: tako.AppRunning, Instances: []management.Instance{one}}, {Version: "v1", Instances: []management.Instance{two}}},
+	}, nil
 }
+
 func (b *backend) List(context.Context) ([]management.AppSummary, error) {
 	return []management.AppSummary{{Name: "blog", Version: "v2", State: tako.AppRunning, Instances: 2}, {Name: "a-longer-name", Version: "v1", State: tako.AppCrashLoop}}, nil
 }
+
 func (b *backend) ListReleases(context.Context, tako.AppID) ([]management.Release, error) {
 	return []management.Release{{Version: "v3"}, {Version: "v2", Current: true, DeployedAt: new(int64(nowUnix - 3600)), CommitMessage: new("say hello\n\nmore"), GitDirty: new(true)}, {Version: "v1", DeployedAt: new(int64(nowUnix - 864000))}}, nil
 }
+
 func (b *backend) Routes(context.Context) ([]management.AppRoutes, error) {
 	return []management.AppRoutes{{App: "blog", Routes: []string{"blog.example.com", "example.com/blog"}}}, nil
 }
+
 func (b *backend) Upload(ctx context.Context, a tako.AppID, v tako.ReleaseID, r io.Reader) (management.UploadResult, error) {
 	if b.upErr != nil {
 		return management.UploadResult{}, b.upErr
@@ -120,6 +136,7 @@ func (b *backend) Upload(ctx context.Context, a tako.AppID, v tako.ReleaseID, r 
 	b.files = strings.Join(names, " ")
 	return management.UploadResult{Path: "/srv/" + string(v), Files: st.Files, Bytes: st.Bytes}, err
 }
+
 func (b *backend) Logs(_ context.Context, r management.LogsRequest, send func(management.LogLine) error) error {
 	for _, l := range []management.LogLine{{Time: "2026-01-02T03:04:05.5Z", Stream: "build", Text: "npm ci"}, {Time: "2026-01-02T03:04:06Z", Instance: 3, Stream: "stderr", Text: "oh\x1b]0;x\x07 no"}} {
 		if err := send(l); err != nil {
@@ -132,7 +149,7 @@ func (b *backend) Logs(_ context.Context, r management.LogsRequest, send func(ma
 // server serves b and returns its socket.
 func server(t testing.TB, b *backend) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "ctl") // t.TempDir can be too long for a socket
+	dir, err := os.MkdirTemp("", "ctl") //nolint:usetesting // t.TempDir can be too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,8 +177,10 @@ func server(t testing.TB, b *backend) string {
 func ctl(t testing.TB, env map[string]string, stdin string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errs bytes.Buffer
-	code = Main(t.Context(), args, Env{strings.NewReader(stdin), &out, &errs,
-		func(k string) string { return env[k] }, func() time.Time { return time.Unix(nowUnix, 0) }})
+	code = Main(t.Context(), args, Env{
+		strings.NewReader(stdin), &out, &errs,
+		func(k string) string { return env[k] }, func() time.Time { return time.Unix(nowUnix, 0) },
+	})
 	return code, out.String(), errs.String()
 }
 
@@ -248,8 +267,10 @@ func TestDeploySendsADirectoryAndDeploysIt(t *testing.T) {
 	if want := "  sending 3 files, 53 B\n  deploying shop 20270115T080000Z\n  starting 1 instance\n"; errs != want {
 		t.Errorf("steps %q, want %q", errs, want)
 	}
-	want := management.DeployRequest{App: "shop", Version: "20270115T080000Z", Path: "/srv/20270115T080000Z", Routes: []string{"shop.example.com"},
-		Secrets: map[string]string{"A": "b=c"}, Instances: 1, IdleTimeout: 300}
+	want := management.DeployRequest{
+		App: "shop", Version: "20270115T080000Z", Path: "/srv/20270115T080000Z", Routes: []string{"shop.example.com"},
+		Secrets: map[string]string{"A": "b=c"}, Instances: 1, IdleTimeout: 300,
+	}
 	if !reflect.DeepEqual(b.deployed, want) || b.files != ".gitignore app.json s.js" {
 		t.Errorf("deployed %+v of %s", b.deployed, b.files)
 	}

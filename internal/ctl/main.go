@@ -111,6 +111,7 @@ func (r *run) report(err error) int {
 		switch e.Code {
 		case tako.CodeInvalid, tako.CodeNotFound, tako.CodeConflict, tako.CodeBusy, tako.CodeForbidden:
 			code = ExitRefused
+		case tako.CodeFailed, tako.CodeInternal:
 		}
 		if undone, last, ok := rollbackText(e.Message); ok {
 			text, lines = undone, last
@@ -285,6 +286,8 @@ func terminal(v any) bool {
 }
 
 func (r *run) versionCommand() *cobra.Command {
-	return &cobra.Command{Use: "version", Short: "Print the version of takoctl", Args: cobra.NoArgs,
-		Run: func(*cobra.Command, []string) { r.say("takoctl %s", version.String()) }}
+	return &cobra.Command{
+		Use: "version", Short: "Print the version of takoctl", Args: cobra.NoArgs,
+		Run: func(*cobra.Command, []string) { r.say("takoctl %s", version.String()) },
+	}
 }

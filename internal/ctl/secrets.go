@@ -19,7 +19,8 @@ import (
 const maxSecrets = management.MaxLine
 
 func (r *run) secretsCommand() *cobra.Command {
-	set := &cobra.Command{Use: "set APP NAME[=VALUE]...", Short: "Set secrets of an app, and restart it with them", Args: cobra.MinimumNArgs(2),
+	set := &cobra.Command{
+		Use: "set APP NAME[=VALUE]...", Short: "Set secrets of an app, and restart it with them", Args: cobra.MinimumNArgs(2),
 		Long: `Set adds the named secrets to those that the app has, or changes them. Instances
 are replaced one by one, so that they see the new values.
 
@@ -43,7 +44,8 @@ users of this machine while takoctl runs.`,
 					r.say("%s", text)
 				})
 			})
-		}}
+		},
+	}
 	return group("secrets", "Set the secrets of an app", set)
 }
 

@@ -2,6 +2,7 @@ package ctl
 
 import (
 	"bytes"
+	"io"
 	"os"
 	"strconv"
 	"strings"
@@ -81,12 +82,14 @@ func TestTablesAreColouredOnATerminalOnly(t *testing.T) {
 	socket := server(t, &backend{})
 	for noColor, want := range map[string]bool{"": true, "1": false} {
 		person, program := openTerminal(t)
-		Main(t.Context(), []string{"--socket", socket, "list"}, Env{strings.NewReader(""), program, &bytes.Buffer{},
-			func(k string) string { return map[string]string{"NO_COLOR": noColor}[k] }, time.Now})
-		buf := make([]byte, 1000)
-		n, _ := person.Read(buf)
-		if got := strings.Contains(string(buf[:n]), "\x1b[32mrunning\x1b[0m"); got != want {
-			t.Errorf("NO_COLOR=%q: %q", noColor, buf[:n])
+		Main(t.Context(), []string{"--socket", socket, "list"}, Env{
+			strings.NewReader(""), program, &bytes.Buffer{},
+			func(k string) string { return map[string]string{"NO_COLOR": noColor}[k] }, time.Now,
+		})
+		program.Close()
+		shown, _ := io.ReadAll(person) // the end of a terminal is an error
+		if got := strings.Contains(string(shown), "\x1b[32mrunning\x1b[0m"); got != want {
+			t.Errorf("NO_COLOR=%q: %q", noColor, shown)
 		}
 	}
 }

@@ -139,7 +139,7 @@ func (c *Client) Logs(ctx context.Context, r LogsRequest, line func(LogLine) err
 		return c.result(nil, line, nil)
 	})
 	if r.Follow && ctx.Err() != nil {
-		return nil
+		return nil //nolint:nilerr // said above
 	}
 	return err
 }

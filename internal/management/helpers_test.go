@@ -76,6 +76,7 @@ func (f *fake) Deploy(ctx context.Context, r DeployRequest, p Progress) (DeployR
 	}
 	return f.deployed, f.call("deploy")
 }
+
 func (f *fake) Rollback(context.Context, tako.AppID, tako.ReleaseID, Progress) (DeployResult, error) {
 	return f.deployed, f.call("rollback")
 }
@@ -83,6 +84,7 @@ func (f *fake) Stop(context.Context, tako.AppID) error { return f.call("stop") }
 func (f *fake) Delete(context.Context, tako.AppID) (bool, error) {
 	return true, f.call("delete")
 }
+
 func (f *fake) Restart(context.Context, tako.AppID, Progress) (DeployResult, error) {
 	return f.deployed, f.call("restart")
 }
@@ -90,19 +92,24 @@ func (f *fake) Scale(context.Context, tako.AppID, uint8, Progress) error { retur
 func (f *fake) UpdateSecrets(context.Context, tako.AppID, map[string]string, bool, Progress) (bool, error) {
 	return true, f.call("update_secrets")
 }
+
 func (f *fake) Status(context.Context, tako.AppID) (AppStatus, error) {
 	return f.status, f.call("status")
 }
+
 func (f *fake) List(context.Context) ([]AppSummary, error) {
 	return []AppSummary{{Name: "blog", Version: "v1", State: tako.AppRunning, Instances: 2}}, f.call("list")
 }
+
 func (f *fake) ListReleases(context.Context, tako.AppID) ([]Release, error) {
 	at, msg, dirty := int64(1700000000), "fix <it>", false
 	return []Release{{Version: "v2", Current: true, DeployedAt: &at, CommitMessage: &msg, GitDirty: &dirty}, {Version: "v1"}}, f.call("list_releases")
 }
+
 func (f *fake) Routes(context.Context) ([]AppRoutes, error) {
 	return []AppRoutes{{App: "blog", Routes: []string{"blog.test", "*.blog.test/api"}}, {App: "none"}}, f.call("routes")
 }
+
 func (f *fake) Upload(ctx context.Context, _ tako.AppID, _ tako.ReleaseID, r io.Reader) (UploadResult, error) {
 	if f.upload != nil {
 		return f.upload(ctx, r)
@@ -110,6 +117,7 @@ func (f *fake) Upload(ctx context.Context, _ tako.AppID, _ tako.ReleaseID, r io.
 	n, err := io.Copy(io.Discard, r)
 	return UploadResult{Path: "/data/apps/blog/releases/v1", Files: 1, Bytes: n}, errors.Join(err, f.call("upload"))
 }
+
 func (f *fake) Logs(ctx context.Context, r LogsRequest, send func(LogLine) error) error {
 	if f.logs != nil {
 		return f.logs(ctx, r, send)
@@ -164,7 +172,7 @@ func (s *served) stop(t testing.TB) {
 // shortDir is a temporary directory whose path fits a socket's address.
 func shortDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "tm")
+	dir, err := os.MkdirTemp("", "tm") //nolint:usetesting // its path is too long
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -128,29 +128,27 @@ func target(link string) (string, bool) {
 }
 
 func bind(path string, mode fs.FileMode, gid uint32) (*net.UnixListener, error) {
-	fail := func(err error) (*net.UnixListener, error) {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
-	}
+	fail := func(err error) error { return fmt.Errorf("listen on %s: %w", path, err) }
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
 	if err != nil {
-		return fail(err)
+		return nil, fail(err)
 	}
 	f := os.NewFile(uintptr(fd), path)
 	defer f.Close() // FileListener has a copy
 	// A socket's file takes its mode from the descriptor, less the umask: this way
 	// it is never wider than wanted. Nobody can connect before listen, either.
 	if err := unix.Fchmod(fd, 0o600); err != nil {
-		return fail(err)
+		return nil, fail(err)
 	}
 	if err := unix.Bind(fd, &unix.SockaddrUnix{Name: path}); err != nil {
 		if errors.Is(err, unix.EINVAL) {
 			return nil, tooLong(path, err)
 		}
-		return fail(err)
+		return nil, fail(err)
 	}
 	undo := func(err error) (*net.UnixListener, error) {
 		_ = os.Remove(path)
-		return fail(err)
+		return nil, fail(err)
 	}
 	if gid != 0 {
 		if err := os.Lchown(path, -1, int(gid)); err != nil {

@@ -50,8 +50,10 @@ func TestRepliesHaveTheirShapes(t *testing.T) {
 	ask(`{"command":"hello","protocol_version":3}`)
 	ask(`{"command":"server_info"}`)
 	for _, d := range []DeployResult{
-		{NewApp: true}, {NewApp: true, OnDemand: true},
-		{Rolled: true, NewInstances: 2, OldInstances: 1}, {Rolled: true, NewInstances: 1, OldInstances: 1, OnDemand: true},
+		{NewApp: true},
+		{NewApp: true, OnDemand: true},
+		{Rolled: true, NewInstances: 2, OldInstances: 1},
+		{Rolled: true, NewInstances: 1, OldInstances: 1, OnDemand: true},
 	} {
 		d.App, d.Version = "blog", "v1"
 		f.deployed = d

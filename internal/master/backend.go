@@ -313,8 +313,7 @@ func (s *server) Upgrading() bool { return s.upgrading.Load() }
 // EnterUpgrading implements management.Backend.
 func (s *server) EnterUpgrading(ctx context.Context, owner string, force bool) error {
 	_, err := s.db.EnterUpgrading(ctx, owner, force, time.Now())
-	var held *store.LockedError
-	if errors.As(err, &held) {
+	if held, ok := errors.AsType[*store.LockedError](err); ok {
 		return tako.Errorf(tako.CodeConflict, "Server is already upgrading (owner: %s).", held.Holder.Owner)
 	}
 	if err != nil {

@@ -235,13 +235,10 @@ func (c Config) settle() (settled, error) {
 		fault("--data-dir: %w", err)
 	}
 	s.layout = paths.Layout{Data: data, Run: runDir(socket), Socket: socket}
-	switch {
-	case c.Socket == "":
+	if c.Socket == "" {
 		fault("--socket: must not be empty")
-	default:
-		if err := paths.CheckSocket(socket); err != nil {
-			fault("--socket: %w", err)
-		}
+	} else if err := paths.CheckSocket(socket); err != nil {
+		fault("--socket: %w", err)
 	}
 	if c.DataDir == "" {
 		fault("--data-dir: must not be empty")

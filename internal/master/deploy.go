@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -507,9 +508,7 @@ func (s *server) UpdateSecrets(ctx context.Context, app tako.AppID, secrets map[
 		if err != nil {
 			return false, tako.Errorf(tako.CodeFailed, "Failed to read secrets: %v", err)
 		}
-		for name, value := range secrets {
-			old[name] = value
-		}
+		maps.Copy(old, secrets)
 		secrets = old
 	}
 	if err := release.ValidateSecrets(secrets); err != nil {

@@ -114,7 +114,10 @@ func portOf(ls []listener, name string) uint16 {
 // listenTCP opens one listening socket. It is TCP and not MPTCP, which Go's own
 // net.Listen would make and port rules of sandboxes do not see.
 func listenTCP(at netip.AddrPort) (ipc.FD, error) {
-	family, sa := unix.AF_INET6, unix.Sockaddr(nil)
+	var (
+		family = unix.AF_INET6
+		sa     unix.Sockaddr
+	)
 	if addr := at.Addr().Unmap(); addr.Is4() {
 		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(at.Port()), Addr: addr.As4()}
 	} else {

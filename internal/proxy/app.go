@@ -237,10 +237,10 @@ func (r *refusal) Error() string { return r.body }
 
 // The answers that need no instance. Their texts are part of what users know.
 var (
-	refusedNoRoute   = &refusal{status: http.StatusNotFound, body: "Not Found"}
-	refusedQueueFull = &refusal{status: http.StatusServiceUnavailable, body: "App startup queue is full", retryAfterS: 1}
-	refusedTimeout   = &refusal{status: http.StatusGatewayTimeout, body: "App startup timed out"}
-	refusedInstances = &refusal{status: http.StatusServiceUnavailable, body: "Instance queue is full", retryAfterS: 1}
+	errNoRoute           = &refusal{status: http.StatusNotFound, body: "Not Found"}
+	errStartQueueFull    = &refusal{status: http.StatusServiceUnavailable, body: "App startup queue is full", retryAfterS: 1}
+	errStartTimeout      = &refusal{status: http.StatusGatewayTimeout, body: "App startup timed out"}
+	errInstanceQueueFull = &refusal{status: http.StatusServiceUnavailable, body: "Instance queue is full", retryAfterS: 1}
 )
 
 // refuse is the answer when conf has no instance to give, nil if the request may
@@ -248,7 +248,7 @@ var (
 func (conf *appConf) refuse() *refusal {
 	switch {
 	case conf.gone:
-		return refusedNoRoute
+		return errNoRoute
 	case conf.Trouble.Kind == wire.TroubleStartFailed:
 		return &refusal{http.StatusBadGateway, "App failed to start", conf.Trouble.RetryAfterS}
 	case conf.Trouble.Kind != wire.TroubleNone:
@@ -299,7 +299,7 @@ func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
 		case <-turn:
 		case <-late:
 			a.leave(turn)
-			return nil, refusedTimeout
+			return nil, errStartTimeout
 		case <-ctx.Done():
 			a.leave(turn)
 			return nil, context.Cause(ctx)
@@ -325,7 +325,7 @@ func (a *app) enqueue(conf *appConf) (chan struct{}, error) {
 		return nil, nil
 	}
 	if len(a.waiting) >= conf.Queue.Waiters {
-		return nil, refusedQueueFull
+		return nil, errStartQueueFull
 	}
 	turn := make(chan struct{})
 	a.waiting = append(a.waiting, turn)

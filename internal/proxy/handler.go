@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"runtime/debug"
@@ -110,12 +111,12 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	c := clientOf(r, st.trusted)
 	a, _, found := st.routes.Match(r.Host, path)
-	if !c.https && !(found && a.conf.Load().PlainHTTP) {
+	if !c.https && (!found || !a.conf.Load().PlainHTTP) {
 		redirect(w, r, name, target, st.httpsPort)
 		return
 	}
 	if !found {
-		answer(w, r, refusedNoRoute.status, refusedNoRoute.body)
+		answer(w, r, errNoRoute.status, errNoRoute.body)
 		return
 	}
 	h.forward(w, r, a, c, target)
@@ -240,8 +241,8 @@ func (h *handler) refuse(w http.ResponseWriter, r *http.Request, fl *flight, err
 	case errors.Is(err, context.Canceled):
 		panic(http.ErrAbortHandler) // nobody is there to read an answer
 	case errors.Is(err, upstream.ErrFull):
-		w.Header().Set("Retry-After", strconv.Itoa(refusedInstances.retryAfterS))
-		answer(w, r, refusedInstances.status, refusedInstances.body)
+		w.Header().Set("Retry-After", strconv.Itoa(errInstanceQueueFull.retryAfterS))
+		answer(w, r, errInstanceQueueFull.status, errInstanceQueueFull.body)
 	case errors.Is(err, upstream.ErrTimeout):
 		answer(w, r, http.StatusGatewayTimeout, "Gateway Timeout")
 	default:
@@ -305,9 +306,7 @@ func informational(w http.ResponseWriter, r *http.Request, status int, from http
 	delete(h, "Content-Type")
 	w.WriteHeader(status)
 	clear(h)
-	for name, values := range before {
-		h[name] = values
-	}
+	maps.Copy(h, before)
 }
 
 // clientBody is the body of a request. Reading it has a deadline for each piece.

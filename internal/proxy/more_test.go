@@ -38,8 +38,8 @@ func TestAnswersToFailedExchanges(t *testing.T) {
 		{errCut, 503, "Service Unavailable"},
 		{&upstream.BodyError{Err: os.ErrDeadlineExceeded}, 408, "Request Timeout"},
 		{&upstream.BodyError{Err: errors.New("x")}, 400, "Bad Request"},
-		{refusedTimeout, 504, "App startup timed out"},
-		{refusedQueueFull, 503, "App startup queue is full"},
+		{errStartTimeout, 504, "App startup timed out"},
+		{errStartQueueFull, 503, "App startup queue is full"},
 	} {
 		w := httptest.NewRecorder()
 		h.refuse(w, httptest.NewRequest(http.MethodGet, "/", nil), &flight{app: newApp("blog", nil)}, test.err)

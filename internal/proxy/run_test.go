@@ -256,8 +256,10 @@ func TestHeadersToTheApp(t *testing.T) {
 }
 
 func TestRequestIDOfTrustedProxyIsChecked(t *testing.T) {
-	for id, ok := range map[string]bool{"": false, "abc": true, "a b": false, "a\x7f": false, "é": false,
-		strings.Repeat("x", MaxRequestID): true, strings.Repeat("x", MaxRequestID+1): false} {
+	for id, ok := range map[string]bool{
+		"": false, "abc": true, "a b": false, "a\x7f": false, "é": false,
+		strings.Repeat("x", MaxRequestID): true, strings.Repeat("x", MaxRequestID+1): false,
+	} {
 		if validID(id) != ok {
 			t.Errorf("%q: valid is %t", id, !ok)
 		}
@@ -550,8 +552,11 @@ func TestCertificateIsChosenByName(t *testing.T) {
 		fallback bool
 		names    []string
 	}{
-		{"default", true, nil}, {"old", false, []string{"a.test", "b.test"}}, {"new", false, []string{"a.test"}},
-		{"wild", false, []string{"*.w.test"}}, {"inner", false, []string{"x.w.test"}},
+		{"default", true, nil},
+		{"old", false, []string{"a.test", "b.test"}},
+		{"new", false, []string{"a.test"}},
+		{"wild", false, []string{"*.w.test"}},
+		{"inner", false, []string{"x.w.test"}},
 	} {
 		cert, _ := m.certificate(c.id, c.fallback, c.names...)
 		m.send(cert)

@@ -68,7 +68,7 @@ func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *f
 	up := make(chan struct{})
 	go func() {
 		defer close(up)
-		if _, err := brw.Reader.WriteTo(resp.Tunnel); err != nil {
+		if _, err := brw.WriteTo(resp.Tunnel); err != nil {
 			_ = resp.Tunnel.Close()
 			_ = conn.Close()
 			return

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -103,12 +104,7 @@ func fact(t *testing.T, w []string) rollout.Fact {
 	}
 	plan := rollout.Plan{Instances: 1, Timing: rollout.DefaultTiming, Idle: 5 * time.Minute}
 	has := func(word string) bool {
-		for _, x := range w[1:] {
-			if x == word {
-				return true
-			}
-		}
-		return false
+		return slices.Contains(w[1:], word)
 	}
 	for _, x := range w[1:] {
 		k, v, ok := strings.Cut(x, "=")

@@ -96,8 +96,7 @@ func (d *DB) open(ctx context.Context, all []migration) error {
 		err = d.restore(ctx, backups, newest, "the file is empty")
 	default:
 		version, err = inspect(ctx, path, newest)
-		var damage *damageError
-		if errors.As(err, &damage) {
+		if damage, ok := errors.AsType[*damageError](err); ok {
 			version, err = 0, d.restore(ctx, backups, newest, damage.why)
 		}
 	}

@@ -300,7 +300,7 @@ func (t *Target) request(conn net.Conn, limit time.Duration) answer {
 		why := "the connection was closed"
 		if time.Since(begin) >= limit {
 			why = fmt.Sprintf("none within %s", limit)
-		} else if _, bad := err.(*notHTTP); bad { //nolint:errorlint // readStatus returns it bare
+		} else if _, bad := err.(*notHTTPError); bad { //nolint:errorlint // readStatus returns it bare
 			why = err.Error()
 		}
 		return answer{rank: accepted, detail: fmt.Sprintf("GET %s got no answer: %s", p.Path, why)}
@@ -331,10 +331,10 @@ func good(p *wire.Probe, status int) bool {
 	return false
 }
 
-// notHTTP is an answer that does not begin with a status line.
-type notHTTP struct{ line string }
+// notHTTPError is an answer that does not begin with a status line.
+type notHTTPError struct{ line string }
 
-func (e *notHTTP) Error() string { return fmt.Sprintf("%q is not HTTP/1", e.line) }
+func (e *notHTTPError) Error() string { return fmt.Sprintf("%q is not HTTP/1", e.line) }
 
 // readStatus reads the status code off the first line of an answer.
 func readStatus(r io.Reader) (int, error) {
@@ -350,13 +350,13 @@ func readStatus(r io.Reader) (int, error) {
 			return 0, err
 		}
 	}
-	return 0, &notHTTP{line: string(buf[:40])}
+	return 0, &notHTTPError{line: string(buf[:40])}
 }
 
 // parseStatus reads "HTTP/1.x NNN", with or without a reason.
 func parseStatus(line string) (int, error) {
 	line = strings.TrimSuffix(line, "\r")
-	bad := &notHTTP{line: line[:min(len(line), 40)]}
+	bad := &notHTTPError{line: line[:min(len(line), 40)]}
 	rest, ok := strings.CutPrefix(line, "HTTP/1.")
 	if !ok || len(rest) < 5 || rest[0] < '0' || rest[0] > '9' || rest[1] != ' ' || len(rest) > 5 && rest[5] != ' ' {
 		return 0, bad

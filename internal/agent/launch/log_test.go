@@ -167,7 +167,7 @@ func TestFullDiskDropsWholeLinesAndSaysHowMany(t *testing.T) {
 		t.Fatal(err)
 	}
 	var texts []string
-	for _, line := range strings.Split(strings.TrimSpace(string(b)), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(string(b)), "\n") {
 		var got struct{ Text string }
 		if err := json.Unmarshal([]byte(line), &got); err != nil {
 			t.Fatalf("%s: %v", line, err)

@@ -20,16 +20,16 @@ func watchOOM(pid int) oomWatch {
 	if err != nil {
 		return oomWatch{}
 	}
-	for _, line := range strings.Split(string(b), "\n") {
+	for line := range strings.SplitSeq(string(b), "\n") {
 		f := strings.SplitN(line, ":", 3) // hierarchy, controllers, path
 		if len(f) != 3 {
 			continue
 		}
 		var file string
-		switch {
-		case f[1] == "":
+		switch f[1] {
+		case "":
 			file = filepath.Join("/sys/fs/cgroup", f[2], "memory.events")
-		case f[1] == "memory":
+		case "memory":
 			file = filepath.Join("/sys/fs/cgroup/memory", f[2], "memory.oom_control")
 		default:
 			continue
@@ -56,7 +56,7 @@ func oomKills(file string) (int64, bool) {
 	if err != nil {
 		return 0, false
 	}
-	for _, line := range strings.Split(string(b), "\n") {
+	for line := range strings.SplitSeq(string(b), "\n") {
 		if num, ok := strings.CutPrefix(line, "oom_kill "); ok {
 			n, err := strconv.ParseInt(num, 10, 64)
 			return n, err == nil
