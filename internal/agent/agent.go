@@ -66,7 +66,7 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 		calls:     make(chan struct{}, MaxCalls),
 		dialers:   make(chan struct{}, MaxDialers),
 	}
-	defer a.conn.Close() //nolint:errcheck // the master has gone or will see it
+	defer a.conn.Close() // the master has gone or will see it
 	if err := supervise.Subreaper(); err != nil {
 		return err
 	}

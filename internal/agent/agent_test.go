@@ -219,7 +219,7 @@ func TestInstanceThatEndsAtOnceIsReportedWithItsExitAndLastLines(t *testing.T) {
 		t.Errorf("seen after %s", took)
 	}
 	var seen []string
-	for _, line := range strings.Split(strings.TrimSpace(r.logText()), "\n") {
+	for line := range strings.SplitSeq(strings.TrimSpace(r.logText()), "\n") {
 		var l struct {
 			Time, Stream, Text string
 			Instance           uint32

@@ -9,6 +9,7 @@ import (
 	"math"
 	"os"
 	"path"
+	"slices"
 	"strings"
 	"time"
 
@@ -325,12 +326,12 @@ func (u *unpacker) parents(name string) error {
 		}
 		break
 	}
-	for i := len(missing) - 1; i >= 0; i-- {
-		if err := u.add(missing[i], true, 0); err != nil {
+	for _, dir := range slices.Backward(missing) {
+		if err := u.add(dir, true, 0); err != nil {
 			return err
 		}
-		u.seen[missing[i]] = isImplied
-		if err := u.mkdir(missing[i]); err != nil {
+		u.seen[dir] = isImplied
+		if err := u.mkdir(dir); err != nil {
 			return err
 		}
 	}

@@ -269,7 +269,7 @@ func removeSocket(path string) error {
 // probe connects to a socket and returns its listener's pid, 0 if that is not
 // known. A queue that is full is a living server's.
 func probe(path string) (int32, error) {
-	c, err := net.DialTimeout("unix", path, probeTimeout)
+	c, err := net.DialTimeout("unix", path, probeTimeout) //nolint:noctx // bounded by itself
 	if errors.Is(err, unix.EAGAIN) || errors.Is(err, os.ErrDeadlineExceeded) {
 		return 0, nil
 	}

@@ -131,8 +131,8 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	<-sent
 	_ = p.conn.Close()
 	<-received
-	p.signer.close()
-	p.dialer.close()
+	_ = p.signer.close()
+	_ = p.dialer.close()
 	for _, a := range p.apps {
 		a.close()
 	}
@@ -313,6 +313,9 @@ func (p *process) change(m *wire.App, gone bool) error {
 	p.state.Store(&st)
 	p.out.push(&wire.Applied{App: m.App, Revision: m.Revision})
 	a.applied(draining, m.Revision)
+	if cut := a.toCut(); cut != nil {
+		p.flights.cutOf(cut)
+	}
 	return nil
 }
 

@@ -270,7 +270,7 @@ func (a *App) take(f Fact) {
 		if in := a.find(f.N); in != nil {
 			a.remove(in)
 			if in.stage != ending && in.stage != drained {
-				a.failed(in, Failure{N: f.N, Reason: f.Reason, Lines: f.Lines})
+				a.failed(in, Failure(f))
 			}
 		}
 	case Probed:

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -170,8 +171,8 @@ func (d *DB) restore(ctx context.Context, backups []string, newest int, why stri
 	path, temp := d.o.Path, d.o.Path+".restore"
 	d.o.Log.Error("the database is damaged or missing", "path", path, "reason", why)
 	defer removeTemp(temp)
-	for i := len(backups) - 1; i >= 0; i-- {
-		from := filepath.Join(d.o.BackupDir, backups[i])
+	for _, backup := range slices.Backward(backups) {
+		from := filepath.Join(d.o.BackupDir, backup)
 		if err := copyGood(ctx, from, temp, newest); err != nil {
 			if noSpace(err) || errors.Is(err, syscall.ENOSPC) || ctx.Err() != nil {
 				return fmt.Errorf("restore backup %s: %w", from, err)
