@@ -66,7 +66,10 @@ type link struct {
 	// it to receive: both could wait for each other.
 	outMu   sync.Mutex
 	out     []any         // guarded by outMu
+	sending bool          // guarded by outMu: a batch is on its way
 	outWake chan struct{} // has room for one
+
+	pauser
 
 	endOnce sync.Once
 	ended   chan struct{} // closed when the link is of no more use
@@ -87,7 +90,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		role: prog.role, generation: generation, child: child,
 		conn: wire.NewConn(child.Channel, kind, wire.Master), log: log,
 		startedAt: time.Now(), pongs: make(chan uint64, 4), ended: make(chan struct{}),
-		outWake: make(chan struct{}, 1),
+		outWake: make(chan struct{}, 1), pauser: newPauser(),
 	}
 	l.calls = wire.NewCalls(l.conn)
 	l.setState("starting")
@@ -163,7 +166,7 @@ func (l *link) deliver() {
 		}
 		l.outMu.Lock()
 		batch := l.out
-		l.out = nil
+		l.out, l.sending = nil, true
 		l.outMu.Unlock()
 		for _, body := range batch {
 			if err := l.conn.Send(0, body); err != nil {
@@ -171,6 +174,9 @@ func (l *link) deliver() {
 				return
 			}
 		}
+		l.outMu.Lock()
+		l.sending = false
+		l.outMu.Unlock()
 	}
 }
 
@@ -232,6 +238,9 @@ func (l *link) receive(onReady func(), take func(m wire.Message)) {
 				l.kill(err)
 				return
 			}
+			if l.held(err, l.ended) {
+				continue
+			}
 			l.end(err)
 			return
 		}
@@ -251,6 +260,25 @@ func (l *link) receive(onReady func(), take func(m wire.Message)) {
 			take(m)
 		}
 	}
+}
+
+// flush waits until everything that was posted has been sent, and reports whether
+// it was.
+func (l *link) flush(limit time.Duration) bool {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		l.outMu.Lock()
+		idle := len(l.out) == 0 && !l.sending
+		l.outMu.Unlock()
+		if idle {
+			return true
+		}
+		select {
+		case <-l.ended:
+			return false
+		default:
+		}
+	}
+	return false
 }
 
 // beat keeps the heartbeat until the link ends.
@@ -273,11 +301,12 @@ func (l *link) beat(ctx context.Context) {
 }
 
 // keep runs a child for ever: start it, serve it, and after its end start the
-// next, with the pauses of the policy. run returns once the child has ended, with the time it
+// next, with the pauses of the policy. run returns once the child has ended, with
+// the time it
 // was ready, zero for never.
-func (s *server) keep(ctx context.Context, role wire.Role, run func(ctx context.Context, generation uint64) (ready time.Time, err error)) {
+func (s *server) keep(ctx context.Context, role wire.Role, first uint64, run func(ctx context.Context, generation uint64) (ready time.Time, err error)) {
 	var policy supervise.Policy
-	for generation := uint64(1); ctx.Err() == nil; generation++ {
+	for generation := first; ctx.Err() == nil; generation++ {
 		ready, err := run(ctx, generation)
 		if ctx.Err() != nil {
 			return

@@ -214,8 +214,8 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	running, endAgent := context.WithCancel(context.WithoutCancel(ctx))
 	defer endAgent()
 	var agents, proxies, rest sync.WaitGroup
-	agents.Go(func() { s.keep(running, wire.Agent, s.runAgent) })
-	proxies.Go(func() { s.keep(proxying, wire.Proxy, s.runProxy) })
+	agents.Go(func() { s.keep(running, wire.Agent, 1, s.runAgent) })
+	proxies.Go(func() { s.keep(proxying, wire.Proxy, 1, s.runProxy) })
 
 	restored := make(chan struct{})
 	rest.Go(func() {

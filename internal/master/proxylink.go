@@ -17,6 +17,8 @@ import (
 // A proxyLink is one generation of tako-proxy.
 type proxyLink struct {
 	*link
+	signer  *wire.Conn // the master's end of its signing socket
+	signing pauser     // of that socket's receiver
 	// guarded by proxySet.mu
 	traffic map[tako.AppID]wire.AppTraffic
 	quiet   map[tako.InstanceID]int // draining upstreams without a request, and their streams
@@ -89,13 +91,17 @@ func (s *server) giveDialer(l *proxyLink) {
 	}
 }
 
+func newProxyLink(l *link) *proxyLink {
+	return &proxyLink{link: l, signing: newPauser(), traffic: make(map[tako.AppID]wire.AppTraffic), quiet: make(map[tako.InstanceID]int)}
+}
+
 // runProxy runs one proxy to its end.
 func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Time, err error) {
 	raw, err := s.startLink(s.proxyProgram, wire.LinkProxy, generation, s.proxyIdentity())
 	if err != nil {
 		return ready, err
 	}
-	l := &proxyLink{link: raw, traffic: make(map[tako.AppID]wire.AppTraffic), quiet: make(map[tako.InstanceID]int)}
+	l := newProxyLink(raw)
 	late := time.AfterFunc(ReadyTimeout, func() {
 		if !l.ready.Load() {
 			l.kill(errors.New("not ready in time"))
@@ -155,7 +161,8 @@ func (s *server) configureProxy(l *proxyLink) error {
 	if err != nil {
 		return errors.Join(err, signer.Close())
 	}
-	go s.serveSigner(signer, l)
+	l.signer = wire.NewConn(signer, wire.LinkSigning, wire.Master)
+	go s.serveSigner(l)
 	// From here on it is told every change, and given every new agent; what it is
 	// told twice is the same.
 	s.proxies.add(l)

@@ -6,7 +6,6 @@ import (
 	"sync"
 	"time"
 
-	"tako/internal/ipc"
 	"tako/internal/logging"
 	"tako/internal/tako"
 	"tako/internal/wire"
@@ -17,8 +16,8 @@ import (
 const MaxSigning = 512
 
 // serveSigner answers a proxy's requests for signatures until its socket ends.
-func (s *server) serveSigner(ch *ipc.Channel, l *proxyLink) {
-	conn := wire.NewConn(ch, wire.LinkSigning, wire.Master)
+func (s *server) serveSigner(l *proxyLink) {
+	conn := l.signer
 	defer conn.Close()
 	go func() {
 		<-l.ended
@@ -31,6 +30,10 @@ func (s *server) serveSigner(ch *ipc.Channel, l *proxyLink) {
 	for {
 		m, err := conn.Receive()
 		if err != nil {
+			wg.Wait() // nothing is left unanswered in a pause
+			if l.signing.held(err, l.ended) {
+				continue
+			}
 			select {
 			case <-l.ended:
 			default:
