@@ -128,9 +128,9 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	stop()
 	p.beside.Wait()
 	p.out.close()
-	<-sent
+	_ = <-sent
 	_ = p.conn.Close()
-	<-received
+	_ = <-received
 	_ = p.signer.close()
 	_ = p.dialer.close()
 	for _, a := range p.apps {
