@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"tako/internal/proxy/balance"
-	"tako/internal/proxy/upstream"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -22,11 +21,15 @@ import (
 const (
 	DefaultWaiters  = 100
 	DefaultWaitTime = 30 * time.Second
+	DefaultInFlight = 256
 )
 
-// UnreachableEvery is how often at most the master is told of one instance that
-// cannot be connected to.
-const UnreachableEvery = time.Second
+// The limits of the queue of an app whose instances all have as many requests as
+// they may.
+const (
+	MaxQueued = 1024
+	QueueTime = 10 * time.Second
+)
 
 // app is one app over all its revisions: its queue, counters and pools outlive
 // an App message.
@@ -39,11 +42,25 @@ type app struct {
 	mu        sync.Mutex
 	instances map[tako.InstanceID]*instance // those in the newest revision
 	leaving   []*instance                   // those no more in it, until nothing is left in flight
-	waiting   []chan struct{}               // requests in the queue, the first one first
+	waiting   []*waiter                     // requests in the queue, the first one first
 	woken     uint64                        // the revision that Wake was sent for
+
+	queued atomic.Int32 // len(waiting), stored under mu
 
 	active atomic.Int64 // requests now, waiting ones and streams included
 	ended  atomic.Int64 // when the last one ended, in Unix nanoseconds
+}
+
+// waiter is a request in the queue. It is not to go to the instance not.
+type waiter struct {
+	not *instance
+	got chan grant // has room for one
+}
+
+// grant is what a waiter gets: an instance that it is counted on, or an error.
+type grant struct {
+	inst *instance
+	err  error
 }
 
 // appConf is one revision of an app. It never changes.
@@ -51,63 +68,6 @@ type appConf struct {
 	wire.App
 	gone           bool
 	first, reserve []*instance // the second only if the first is empty
-}
-
-// instance is an upstream over all revisions of its app.
-//
-// A request is counted before it looks whether the instance drains, and the
-// instance is marked as draining before its count is looked at; so one of the
-// two always sees the other.
-type instance struct {
-	id     tako.InstanceID
-	pool   *upstream.Pool
-	socket atomic.Pointer[string]
-
-	draining atomic.Bool
-	requests atomic.Int64
-	streams  atomic.Int64
-	finished atomic.Uint64
-	quiet    atomic.Uint64 // the revision to send Quiet for; 0 for none
-	told     atomic.Int64  // when Unreachable was sent last
-}
-
-// InFlight is for package balance.
-func (i *instance) InFlight() int64 { return i.requests.Load() + i.streams.Load() }
-
-// acquire counts a request, or returns false if the instance takes no more.
-func (i *instance) acquire(out *outbox) bool {
-	i.requests.Add(1)
-	if !i.draining.Load() {
-		return true
-	}
-	i.release(out)
-	return false
-}
-
-// release takes a request off the count.
-func (i *instance) release(out *outbox) {
-	if i.requests.Add(-1) == 0 {
-		i.settle(out)
-	}
-}
-
-// settle sends Quiet if it is due. Something of the instance was just ended, or
-// it was just set to drain.
-func (i *instance) settle(out *outbox) {
-	if i.requests.Load() != 0 || !i.draining.Load() {
-		return
-	}
-	if revision := i.quiet.Swap(0); revision != 0 {
-		out.push(&wire.Quiet{Instance: i.id, Revision: revision, Streams: int(i.streams.Load())})
-	}
-}
-
-// unreachable tells the master that a connection was refused.
-func (i *instance) unreachable(out *outbox, now time.Time) {
-	last := i.told.Load()
-	if now.UnixNano()-last >= int64(UnreachableEvery) && i.told.CompareAndSwap(last, now.UnixNano()) {
-		out.push(&wire.Unreachable{Instance: i.id})
-	}
 }
 
 func newApp(id tako.AppID, out *outbox) *app {
@@ -131,6 +91,9 @@ func check(m *wire.App) error {
 		}
 		seen[u.Instance] = true
 	}
+	if m.MaxInFlight < 0 {
+		return fmt.Errorf("app %s with %d requests in flight", m.App, m.MaxInFlight)
+	}
 	switch m.Trouble.Kind {
 	case wire.TroubleNone, wire.TroubleStartFailed, wire.TroubleStopped, wire.TroubleCrashLoop:
 	default:
@@ -149,34 +112,51 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 	if conf.Queue.WaitMS <= 0 {
 		conf.Queue.WaitMS = int(DefaultWaitTime / time.Millisecond)
 	}
+	if conf.MaxInFlight == 0 {
+		conf.MaxInFlight = DefaultInFlight
+	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	before := a.instances
 	a.instances = make(map[tako.InstanceID]*instance, len(m.Instances))
+	var joining []*instance
+	served := false // an instance goes on taking requests
 	for _, u := range m.Instances {
-		i := before[u.Instance]
-		if i == nil {
+		i, known := before[u.Instance]
+		if !known {
 			i = newInstance(u.Instance, dial)
 		}
 		delete(before, u.Instance)
 		a.instances[u.Instance] = i
 		i.socket.Store(&u.Socket)
+		if !u.Draining && !u.Fallback {
+			if !known {
+				joining = append(joining, i)
+			}
+			served = served || known && !i.draining.Load()
+		}
 		switch {
 		case u.Draining && !i.draining.Load():
 			i.draining.Store(true)
 			i.pool.Retire()
 			draining = append(draining, i)
 		case !u.Draining && i.draining.Load():
-			i.quiet.Store(0)
+			i.expect(0)
 			i.draining.Store(false)
 			i.pool.Revive()
 		}
+		i.cut.Store(u.Draining && u.CutStreams)
 		switch {
 		case u.Draining:
 		case u.Fallback:
 			conf.reserve = append(conf.reserve, i)
 		default:
 			conf.first = append(conf.first, i)
+		}
+	}
+	if served {
+		for _, i := range joining {
+			i.joined.Store(time.Now().UnixNano())
 		}
 	}
 	for _, i := range before {
@@ -188,42 +168,34 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 		}
 	}
 	a.conf.Store(conf)
-	if len(a.waiting) == 0 {
-		return draining
-	}
-	if conf.OnDemand && conf.refuse() == nil && len(conf.first)+len(conf.reserve) == 0 {
-		return draining // they wait on
-	}
-	for _, w := range a.waiting {
-		close(w)
-	}
-	a.waiting = nil
+	a.grantLocked()
 	return draining
+}
+
+// toCut returns the instances whose streams are to end.
+func (a *app) toCut() (cut []*instance) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, i := range a.instances {
+		if i.cut.Load() {
+			cut = append(cut, i)
+		}
+	}
+	return cut
 }
 
 // applied asks for a Quiet of each, once nothing is in flight there, and wakes
 // the app if requests wait on.
 func (a *app) applied(draining []*instance, revision uint64) {
 	a.mu.Lock()
-	if len(a.waiting) > 0 {
-		a.wakeLocked(a.conf.Load())
+	if conf := a.conf.Load(); len(a.waiting) > 0 && conf.asleep() {
+		a.wakeLocked(conf)
 	}
 	a.mu.Unlock()
 	for _, i := range draining {
-		i.quiet.Store(revision)
+		i.expect(revision)
 		i.settle(a.out)
 	}
-}
-
-func newInstance(id tako.InstanceID, dial dialTCP) *instance {
-	i := &instance{id: id}
-	i.pool = upstream.NewPool(func(ctx context.Context) (net.Conn, error) {
-		if socket := *i.socket.Load(); socket != "" {
-			return new(net.Dialer).DialContext(ctx, "unix", socket)
-		}
-		return dial(ctx, id)
-	})
-	return i
 }
 
 // refusal is an answer without an instance.
@@ -257,53 +229,105 @@ func (conf *appConf) refuse() *refusal {
 	return nil
 }
 
+// asleep: there is no instance, and one may be asked for.
+func (conf *appConf) asleep() bool {
+	return conf.OnDemand && conf.refuse() == nil && len(conf.first)+len(conf.reserve) == 0
+}
+
+// pick chooses an instance other than not. Those that were taken out for their
+// errors are used only if there is no other. It returns nil if there is none at
+// all, or, with full, if those there are have as many requests as they may.
+func (conf *appConf) pick(not *instance) (i *instance, full bool) {
+	for _, even := range [...]bool{false, true} {
+		for _, from := range [...][]*instance{conf.first, conf.reserve} {
+			i, ok := balance.Pick(from, func(i *instance) bool {
+				if i == not || !even && i.out() {
+					return false
+				}
+				if i.requests.Load() >= int64(conf.MaxInFlight) {
+					full = true
+					return false
+				}
+				return true
+			}, rand.IntN)
+			if ok {
+				return i, false
+			}
+			if full {
+				return nil, true
+			}
+		}
+	}
+	return nil, false
+}
+
 // errNoOther: the only instances there are were tried before.
 var errNoOther = errors.New("no other instance")
 
-// acquire picks an instance other than not, and counts the request on it. With
-// none it waits in the queue, if the app is one that starts on demand. The error
-// is a *refusal, errNoOther or ctx's.
+// none is the error when pick found no instance, nil if the request may wait for
+// one to be started.
+func (conf *appConf) none(not *instance) error {
+	if r := conf.refuse(); r != nil {
+		return r
+	}
+	switch {
+	case not != nil:
+		return errNoOther
+	case !conf.OnDemand:
+		return &refusal{status: http.StatusServiceUnavailable, body: "No healthy backend"}
+	}
+	return nil
+}
+
+// acquire picks an instance other than not, and counts the request on it. It
+// waits in the queue while every instance has as many requests as it may, and
+// with no instance if the app is one that starts on demand. The error is a
+// *refusal, errNoOther or ctx's.
 func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
-	var late <-chan time.Time
-	for {
+	for a.queued.Load() == 0 { // those who wait are not to be overtaken
 		conf := a.conf.Load()
 		if r := conf.refuse(); r != nil {
 			return nil, r
 		}
-		if i, ok := balance.Pick(conf.first, conf.reserve, not, rand.IntN); ok {
-			if i.acquire(a.out) {
-				return i, nil
-			}
+		i, _ := conf.pick(not)
+		if i == nil {
+			break
+		}
+		if i.acquire(int64(conf.MaxInFlight), a.out) {
+			return i, nil
+		}
+		if i.draining.Load() {
 			a.waitForChange(conf)
-			continue
 		}
-		switch {
-		case not != nil:
-			return nil, errNoOther
-		case !conf.OnDemand:
-			return nil, &refusal{status: http.StatusServiceUnavailable, body: "No healthy backend"}
+	}
+	w := &waiter{not: not, got: make(chan grant, 1)}
+	wait, err := a.enqueue(w)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case g := <-w.got:
+		return g.inst, g.err
+	default:
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case g := <-w.got:
+		return g.inst, g.err
+	case <-timer.C:
+		if g, granted := a.leave(w); granted {
+			return g.inst, g.err
 		}
-		turn, err := a.enqueue(conf)
-		if err != nil {
-			return nil, err
-		}
-		if turn == nil {
-			continue // another revision came meanwhile
-		}
-		if late == nil {
-			timer := time.NewTimer(time.Duration(conf.Queue.WaitMS) * time.Millisecond)
-			defer timer.Stop()
-			late = timer.C
-		}
-		select {
-		case <-turn:
-		case <-late:
-			a.leave(turn)
+		if a.conf.Load().asleep() {
 			return nil, errStartTimeout
-		case <-ctx.Done():
-			a.leave(turn)
-			return nil, context.Cause(ctx)
 		}
+		return nil, errInstanceQueueFull
+	case <-ctx.Done():
+		if g, granted := a.leave(w); granted && g.inst != nil {
+			a.release(g.inst)
+		}
+		return nil, context.Cause(ctx)
 	}
 }
 
@@ -316,21 +340,80 @@ func (a *app) waitForChange(conf *appConf) {
 	}
 }
 
-// enqueue puts a request at the end of the queue and wakes the app. It returns
-// nil if conf is not the newest revision any more.
-func (a *app) enqueue(conf *appConf) (chan struct{}, error) {
+// enqueue puts a request at the end of the queue, says how long it may wait, and
+// wakes the app if it sleeps. The request may have been granted when it returns.
+func (a *app) enqueue(w *waiter) (time.Duration, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.conf.Load() != conf {
-		return nil, nil
+	conf := a.conf.Load()
+	if i, full := conf.pick(w.not); i == nil && !full {
+		if err := conf.none(w.not); err != nil {
+			return 0, err
+		}
 	}
-	if len(a.waiting) >= conf.Queue.Waiters {
-		return nil, errStartQueueFull
+	wait, most, refused := QueueTime, MaxQueued, errInstanceQueueFull
+	asleep := conf.asleep()
+	if asleep {
+		wait, most, refused = time.Duration(conf.Queue.WaitMS)*time.Millisecond, conf.Queue.Waiters, errStartQueueFull
 	}
-	turn := make(chan struct{})
-	a.waiting = append(a.waiting, turn)
-	a.wakeLocked(conf)
-	return turn, nil
+	if len(a.waiting) >= most {
+		return 0, refused
+	}
+	a.waiting = append(a.waiting, w)
+	a.queued.Store(int32(len(a.waiting)))
+	if asleep {
+		a.wakeLocked(conf)
+	} else {
+		a.grantLocked() // one that ended just now did not see w yet
+	}
+	return wait, nil
+}
+
+// grantLocked gives instances to those in the queue, in their order, as long as
+// there is room, and answers those that wait in vain.
+func (a *app) grantLocked() {
+	if len(a.waiting) == 0 {
+		return
+	}
+	conf := a.conf.Load()
+	kept := 0
+	for n, w := range a.waiting {
+		g, done := conf.grant(w.not, a.out)
+		if done {
+			w.got <- g
+			continue
+		}
+		a.waiting[kept] = w
+		kept++
+		if w.not == nil { // nobody behind it gets one either
+			kept += copy(a.waiting[kept:], a.waiting[n+1:])
+			break
+		}
+	}
+	clear(a.waiting[kept:])
+	a.waiting = a.waiting[:kept]
+	a.queued.Store(int32(kept))
+}
+
+// grant is what a waiter gets now, or false if it has to wait on. The caller
+// holds mu of the app, so no instance of conf begins to drain.
+func (conf *appConf) grant(not *instance, out *outbox) (grant, bool) {
+	if r := conf.refuse(); r != nil {
+		return grant{err: r}, true
+	}
+	for {
+		i, full := conf.pick(not)
+		switch {
+		case i != nil && i.acquire(int64(conf.MaxInFlight), out):
+			return grant{inst: i}, true
+		case i != nil: // filled up meanwhile
+		case full:
+			return grant{}, false
+		default:
+			err := conf.none(not)
+			return grant{err: err}, err != nil
+		}
+	}
 }
 
 // wakeLocked asks for an instance, once for each revision.
@@ -341,12 +424,27 @@ func (a *app) wakeLocked(conf *appConf) {
 	}
 }
 
-// leave takes a request out of the queue.
-func (a *app) leave(turn chan struct{}) {
+// leave takes a request out of the queue, or returns what it was granted.
+func (a *app) leave(w *waiter) (grant, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if i := slices.Index(a.waiting, turn); i >= 0 {
-		a.waiting = slices.Delete(a.waiting, i, i+1)
+	i := slices.Index(a.waiting, w)
+	if i < 0 {
+		return <-w.got, true
+	}
+	a.waiting = slices.Delete(a.waiting, i, i+1)
+	a.queued.Store(int32(len(a.waiting)))
+	return grant{}, false
+}
+
+// release takes a request off the count of an instance, which makes room for one
+// that waits.
+func (a *app) release(i *instance) {
+	i.release(a.out)
+	if a.queued.Load() > 0 {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		a.grantLocked()
 	}
 }
 
@@ -379,7 +477,7 @@ func (a *app) traffic(now time.Time) wire.AppTraffic {
 	}
 	a.leaving = slices.DeleteFunc(a.leaving, func(i *instance) bool {
 		add(i)
-		return i.InFlight() == 0 && i.quiet.Load() == 0
+		return i.over()
 	})
 	slices.SortFunc(t.Instances, func(x, y wire.InstanceTraffic) int { return int(x.Instance.N) - int(y.Instance.N) })
 	return t

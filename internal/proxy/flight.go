@@ -3,23 +3,25 @@ package proxy
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 )
 
-// errCut is the cause of contexts that a drain ended.
-var errCut = errors.New("the proxy is leaving and the time for requests is over")
+// errCut is the cause of contexts that ended because the proxy, or the instance,
+// is leaving.
+var errCut = errors.New("the time for requests or streams is over")
 
 // flights are the requests that are on their way, streams apart, so that a drain
 // can wait for them and end them.
 type flights struct {
 	mu       sync.Mutex
 	requests map[*flight]bool
-	streams  map[*flight]bool
+	streams  map[*flight]*instance
 	none     chan struct{} // closed when both are empty, if somebody waits
 }
 
 func newFlights() *flights {
-	return &flights{requests: make(map[*flight]bool), streams: make(map[*flight]bool)}
+	return &flights{requests: make(map[*flight]bool), streams: make(map[*flight]*instance)}
 }
 
 // flight is one request, from its route to its last byte.
@@ -57,16 +59,19 @@ func (fl *flight) becomeStream() {
 	fl.stream = true
 	fl.all.mu.Lock()
 	delete(fl.all.requests, fl)
-	fl.all.streams[fl] = true
+	fl.all.streams[fl] = fl.inst
 	fl.all.mu.Unlock()
 	fl.conn.streams.Add(1)
 	fl.inst.streams.Add(1)
-	fl.inst.release(fl.app.out)
+	fl.app.release(fl.inst)
+	if fl.inst.cut.Load() { // too late to be seen by cutOf
+		fl.cancel(errCut)
+	}
 }
 
 // leave takes the request off its instance, which did not get it.
 func (fl *flight) leave() {
-	fl.inst.release(fl.app.out)
+	fl.app.release(fl.inst)
 	fl.inst = nil
 }
 
@@ -80,9 +85,9 @@ func (fl *flight) end() {
 	fl.app.end()
 	if fl.stream {
 		fl.conn.streams.Add(-1)
-		fl.inst.streams.Add(-1)
+		fl.inst.streamEnded(fl.app.out)
 	} else if fl.inst != nil {
-		fl.inst.release(fl.app.out)
+		fl.app.release(fl.inst)
 	}
 	fl.all.mu.Lock()
 	defer fl.all.mu.Unlock()
@@ -105,14 +110,27 @@ func (f *flights) count() (requests, streams int) {
 func (f *flights) cut(streams bool) int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	which := f.requests
 	if streams {
-		which = f.streams
+		for fl := range f.streams {
+			fl.cancel(errCut)
+		}
+		return len(f.streams)
 	}
-	for fl := range which {
+	for fl := range f.requests {
 		fl.cancel(errCut)
 	}
-	return len(which)
+	return len(f.requests)
+}
+
+// cutOf ends the streams of these instances.
+func (f *flights) cutOf(instances []*instance) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for fl, i := range f.streams {
+		if slices.Contains(instances, i) {
+			fl.cancel(errCut)
+		}
+	}
 }
 
 // gone returns a channel that is closed once there is none.

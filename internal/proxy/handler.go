@@ -31,7 +31,7 @@ const (
 	LingerTime = 500 * time.Millisecond
 	MaxLinger  = 256 << 10
 	// MaxTries bounds the instances that are tried for one request.
-	MaxTries = 2
+	MaxTries = 3
 
 	challengePrefix = "/.well-known/acme-challenge/"
 	deadlineSlack   = 5 * time.Second // how late a write deadline may be renewed
@@ -193,11 +193,12 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 }
 
 // exchange picks an instance and sends the request there; when it cannot be
-// connected to, to another one. Before is called before anything is read of the
-// body.
+// connected to, or goes away without an answer to what may be repeated, to
+// another one. Before is called before anything is read of the body.
 func (h *handler) exchange(ctx context.Context, fl *flight, req *upstream.Request, before func()) (*upstream.Response, error) {
 	var tried *instance
 	var failed error
+	repeated := false
 	for range MaxTries {
 		inst, err := fl.app.acquire(ctx, tried)
 		if err == errNoOther { //nolint:errorlint // it is never wrapped
@@ -209,12 +210,24 @@ func (h *handler) exchange(ctx context.Context, fl *flight, req *upstream.Reques
 		fl.inst = inst
 		before()
 		resp, err := inst.pool.Do(ctx, req)
-		if _, refused := errors.AsType[*upstream.DialError](err); !refused {
-			return resp, err
+		if err == nil {
+			inst.answered()
+			return resp, nil
 		}
-		h.log.Debug("instance cannot be connected to", "app", fl.app.id, "instance", inst.id, "error", err)
+		if transport, refused := trouble(err); transport {
+			now := time.Now()
+			inst.failed(refused, now)
+			if refused {
+				inst.unreachable(fl.app.out, now)
+			}
+		}
+		if lost, is := errors.AsType[*upstream.LostError](err); is && lost.Repeatable && !repeated {
+			repeated = true // a request that kills is not to go around
+		} else if _, unsent := errors.AsType[*upstream.DialError](err); !unsent {
+			return nil, err
+		}
+		h.log.Debug("an instance fails; another one is tried", "app", fl.app.id, "instance", inst.id, "error", err)
 		fl.leave()
-		inst.unreachable(fl.app.out, time.Now())
 		tried, failed = inst, err
 	}
 	return nil, failed
@@ -240,9 +253,6 @@ func (h *handler) refuse(w http.ResponseWriter, r *http.Request, fl *flight, err
 		answer(w, r, http.StatusBadRequest, "Bad Request")
 	case errors.Is(err, context.Canceled):
 		panic(http.ErrAbortHandler) // nobody is there to read an answer
-	case errors.Is(err, upstream.ErrFull):
-		w.Header().Set("Retry-After", strconv.Itoa(errInstanceQueueFull.retryAfterS))
-		answer(w, r, errInstanceQueueFull.status, errInstanceQueueFull.body)
 	case errors.Is(err, upstream.ErrTimeout):
 		answer(w, r, http.StatusGatewayTimeout, "Gateway Timeout")
 	default:

@@ -32,7 +32,7 @@ func TestAnswersToFailedExchanges(t *testing.T) {
 		body   string
 	}{
 		{upstream.ErrTimeout, 504, "Gateway Timeout"},
-		{upstream.ErrFull, 503, "Instance queue is full"},
+		{errInstanceQueueFull, 503, "Instance queue is full"},
 		{&upstream.DialError{Err: errors.New("x")}, 502, "Bad Gateway"},
 		{errors.New("x"), 502, "Bad Gateway"},
 		{errCut, 503, "Service Unavailable"},

@@ -131,8 +131,8 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	_ = <-sent
 	_ = p.conn.Close()
 	_ = <-received
-	_ = p.signer.close()
-	_ = p.dialer.close()
+	p.signer.close()
+	p.dialer.close()
 	for _, a := range p.apps {
 		a.close()
 	}

@@ -101,6 +101,9 @@ type App struct {
 	OnDemand bool `json:"on_demand"`
 	// Queue bounds the requests that wait for an instance.
 	Queue Queue `json:"queue"`
+	// MaxInFlight bounds the requests at once on each instance, streams apart; more
+	// wait. 0: 256.
+	MaxInFlight int `json:"max_in_flight"`
 	// Trouble is set when requests are to be refused at once, and why.
 	Trouble Trouble `json:"trouble"`
 	// Instances are the upstreams, draining ones included.
@@ -140,6 +143,9 @@ type Upstream struct {
 	Socket string `json:"socket"`
 	// Draining: no new request goes there; Quiet is sent once nothing is in flight.
 	Draining bool `json:"draining"`
+	// CutStreams: the time for its streams is over; they are ended, properly. Only
+	// of one that drains.
+	CutStreams bool `json:"cut_streams"`
 	// Fallback: failed its probes, used only when no other instance is left.
 	Fallback bool `json:"fallback"`
 }
@@ -179,7 +185,8 @@ type Wake struct {
 }
 
 // Quiet says that a draining upstream has no request in flight here; Streams
-// counts those that still run and have their own limit.
+// counts those that still run and have their own limit. It comes once more when
+// the last of these has ended.
 type Quiet struct {
 	Instance tako.InstanceID `json:"instance"`
 	Revision uint64          `json:"revision"`

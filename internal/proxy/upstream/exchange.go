@@ -37,6 +37,17 @@ const (
 // ErrTimeout means that FirstByteTime passed.
 var ErrTimeout = errors.New("the instance did not answer in time")
 
+// A LostError says that the connection ended before the first byte of an answer.
+// What became of the request nobody knows.
+type LostError struct {
+	Err error
+	// Repeatable: the request may be sent once more, to another instance.
+	Repeatable bool
+}
+
+func (e *LostError) Error() string { return "the connection ended before an answer: " + e.Err.Error() }
+func (e *LostError) Unwrap() error { return e.Err }
+
 // A BodyError says that the body of the request could not be read to its end:
 // the client's fault, not the instance's.
 type BodyError struct{ Err error }
@@ -98,7 +109,7 @@ type Tunnel struct {
 func (t *Tunnel) Read(b []byte) (int, error) { return t.conn.br.Read(b) }
 
 // Write sends to the instance.
-func (t *Tunnel) Write(b []byte) (int, error) { return t.conn.Conn.Write(b) }
+func (t *Tunnel) Write(b []byte) (int, error) { return t.conn.Write(b) }
 
 // CloseWrite tells the instance that nothing more will come.
 func (t *Tunnel) CloseWrite() error {
@@ -115,8 +126,9 @@ func (t *Tunnel) Close() error {
 }
 
 // Do sends the request and returns the answer once its head has come. The
-// errors: ErrFull, a DialError, a BodyError, ErrTimeout, ctx's, and others for a
-// connection or an answer that is broken. When ctx ends later the connection is
+// errors: a DialError, a BodyError, a LostError, ErrTimeout, ctx's, and others
+// for an answer that is broken. What a connection that was used before has lost
+// is sent once more on a fresh one, if it may be repeated. When ctx ends later the connection is
 // closed and Body fails.
 func (p *Pool) Do(ctx context.Context, r *Request) (*Response, error) {
 	head, err := appendHead(nil, r)
@@ -129,7 +141,7 @@ func (p *Pool) Do(ctx context.Context, r *Request) (*Response, error) {
 	}
 	x := &exchange{c: c, req: r}
 	resp, err := x.run(ctx, head)
-	if err != nil && reused && c.read == 0 && ctx.Err() == nil && repeatable(r.Method) && !x.bodyTouched() && !errors.Is(err, ErrTimeout) {
+	if lost, is := errors.AsType[*LostError](err); is && reused && lost.Repeatable && ctx.Err() == nil {
 		if c, _, err = p.get(ctx, true, false); err != nil {
 			return nil, err
 		}
@@ -257,7 +269,7 @@ func (x *exchange) bodyTouched() bool { return x.claim.Load() == claimedToSend }
 func (x *exchange) run(ctx context.Context, head []byte) (*Response, error) {
 	c := x.c
 	c.read = 0
-	x.stop = context.AfterFunc(ctx, func() { _ = c.Conn.Close() })
+	x.stop = context.AfterFunc(ctx, func() { _ = c.Close() })
 	fail := func(err error) (*Response, error) {
 		// Looked at before join, which may itself make the reading fail.
 		ended, bodyErr := ctx.Err() != nil, x.bodyErr.Load()
@@ -273,6 +285,8 @@ func (x *exchange) run(ctx context.Context, head []byte) (*Response, error) {
 			return nil, context.Cause(ctx)
 		case isTimeout(err):
 			return nil, ErrTimeout
+		case c.read == 0:
+			return nil, &LostError{Err: err, Repeatable: repeatable(x.req.Method) && !x.bodyTouched()}
 		}
 		return nil, err
 	}
@@ -298,7 +312,7 @@ func (x *exchange) run(ctx context.Context, head []byte) (*Response, error) {
 	c.head, c.inHead = MaxHead, true
 	var resp *http.Response
 	for {
-		if resp, err = http.ReadResponse(c.br, &http.Request{Method: x.req.Method}); err != nil {
+		if resp, err = http.ReadResponse(c.br, &http.Request{Method: x.req.Method}); err != nil { //nolint:bodyclose // the caller closes it, or fail the connection
 			return fail(fmt.Errorf("read the answer: %w", err))
 		}
 		if resp.StatusCode >= 200 || resp.StatusCode == http.StatusSwitchingProtocols {
@@ -429,14 +443,14 @@ func (x *exchange) send() {
 		n, err := x.req.Body.Read(*buf)
 		if err != nil && err != io.EOF { // readers return it bare
 			x.bodyErr.Store(&BodyError{Err: err})
-			_ = x.c.Conn.Close() // the instance must not take what it got for the whole
+			_ = x.c.Close() // the instance must not take what it got for the whole
 			return
 		}
 		last := err != nil
 		if !chunked {
 			if left -= int64(n); left < 0 || last && left > 0 {
 				x.bodyErr.Store(&BodyError{Err: fmt.Errorf("its length is not the %d bytes announced", x.req.ContentLength)})
-				_ = x.c.Conn.Close()
+				_ = x.c.Close()
 				return
 			}
 			last = left == 0

@@ -6,18 +6,15 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
 )
 
-// The limits of a pool.
+// The limits of a pool. How many connections it has at once is its user's to
+// bound: there is one for each request and tunnel, and those that were.
 const (
-	// MaxConns bounds the connections to one instance, and so the requests that
-	// it has at once. More requests wait, first come first served.
-	MaxConns = 256
-	// WaitTime bounds that wait; then ErrFull.
-	WaitTime = 10 * time.Second
 	// ConnectTime bounds the making of a connection.
 	ConnectTime = time.Second
 	// IdleTime is how long an unused connection is kept. Common servers close
@@ -27,9 +24,6 @@ const (
 	// without a look whether the instance has closed it.
 	PeekAfter = time.Second
 )
-
-// ErrFull means that a request waited WaitTime for a connection in vain.
-var ErrFull = errors.New("every connection to the instance is in use")
 
 // A DialError says that no connection could be made: nothing of the request was
 // sent.
@@ -47,13 +41,8 @@ type Pool struct {
 	mu      sync.Mutex
 	idle    []*conn // the one used last at the end
 	open    int     // idle ones, those in use and those being made
-	waiting []*waiter
 	retired bool
 }
-
-// waiter is a request that waits for a connection. It gets one, or nil: leave to
-// make one.
-type waiter struct{ got chan *conn }
 
 // NewPool makes a pool that dials by dial, whose context ends after ConnectTime.
 func NewPool(dial func(context.Context) (net.Conn, error)) *Pool { return &Pool{dial: dial} }
@@ -98,63 +87,17 @@ func (p *Pool) get(ctx context.Context, fresh, careful bool) (c *conn, reused bo
 			break
 		}
 		p.idle = p.idle[:len(p.idle)-1]
+		p.mu.Unlock()
 		if !careful && idle < PeekAfter || alive(c.Conn) {
-			p.mu.Unlock()
 			return c, true, nil
 		}
 		_ = c.Conn.Close()
-		p.freedLocked()
+		p.mu.Lock()
+		p.open--
 	}
-	if p.open >= MaxConns && len(p.idle) > 0 { // fresh: the oldest idle one makes room
-		_ = p.idle[0].Conn.Close()
-		p.idle = append(p.idle[:0], p.idle[1:]...)
-		p.freedLocked()
-	}
-	if p.open < MaxConns {
-		p.open++
-		p.mu.Unlock()
-		return p.make(ctx)
-	}
-	w := &waiter{got: make(chan *conn, 1)}
-	p.waiting = append(p.waiting, w)
+	p.open++
 	p.mu.Unlock()
-
-	timer := time.NewTimer(WaitTime)
-	defer timer.Stop()
-	select {
-	case c = <-w.got:
-	case <-timer.C:
-		err = ErrFull
-	case <-ctx.Done():
-		err = context.Cause(ctx)
-	}
-	if err != nil {
-		return nil, false, p.leave(w, err)
-	}
-	if c != nil && !fresh && alive(c.Conn) {
-		return c, true, nil
-	}
-	if c != nil {
-		_ = c.Conn.Close() // its place is ours
-	}
 	return p.make(ctx)
-}
-
-// leave gives up waiting and passes on what had arrived meanwhile.
-func (p *Pool) leave(w *waiter, err error) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i, other := range p.waiting {
-		if other == w {
-			p.waiting = append(p.waiting[:i], p.waiting[i+1:]...)
-			return err
-		}
-	}
-	if c := <-w.got; c != nil {
-		_ = c.Conn.Close()
-	}
-	p.freedLocked()
-	return err
 }
 
 // make makes a connection, whose place was counted before.
@@ -164,7 +107,7 @@ func (p *Pool) make(ctx context.Context) (*conn, bool, error) {
 	nc, err := p.dial(dialCtx)
 	if err != nil {
 		p.mu.Lock()
-		p.freedLocked()
+		p.open--
 		p.mu.Unlock()
 		if ctx.Err() != nil {
 			return nil, false, context.Cause(ctx)
@@ -177,17 +120,6 @@ func (p *Pool) make(ctx context.Context) (*conn, bool, error) {
 	return c, false, nil
 }
 
-// freedLocked takes account of a connection that is no more.
-func (p *Pool) freedLocked() {
-	if len(p.waiting) > 0 {
-		w := p.waiting[0]
-		p.waiting = p.waiting[1:]
-		w.got <- nil
-		return
-	}
-	p.open--
-}
-
 // put takes back a connection that is fit for another exchange.
 func (p *Pool) put(c *conn) {
 	if c.SetDeadline(time.Time{}) != nil {
@@ -196,18 +128,13 @@ func (p *Pool) put(c *conn) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch {
-	case len(p.waiting) > 0:
-		w := p.waiting[0]
-		p.waiting = p.waiting[1:]
-		w.got <- c
-	case p.retired:
+	if p.retired {
 		_ = c.Conn.Close()
-		p.freedLocked()
-	default:
-		c.since = time.Now()
-		p.idle = append(p.idle, c)
+		p.open--
+		return
 	}
+	c.since = time.Now()
+	p.idle = append(p.idle, c)
 }
 
 // drop closes a connection that is not to be used again.
@@ -215,7 +142,7 @@ func (p *Pool) drop(c *conn) {
 	_ = c.Conn.Close()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.freedLocked()
+	p.open--
 }
 
 // Sweep closes the connections that were idle for IdleTime.
@@ -235,10 +162,8 @@ func (p *Pool) expireLocked(now time.Time) {
 	if n == 0 {
 		return
 	}
-	p.idle = append(p.idle[:0], p.idle[n:]...)
-	for range n {
-		p.freedLocked()
-	}
+	p.idle = slices.Delete(p.idle, 0, n)
+	p.open -= n
 }
 
 // Retire closes the idle connections and keeps no others from here on, until
@@ -250,11 +175,8 @@ func (p *Pool) Retire() {
 	for _, c := range p.idle {
 		_ = c.Conn.Close()
 	}
-	n := len(p.idle)
+	p.open -= len(p.idle)
 	p.idle = nil
-	for range n {
-		p.freedLocked()
-	}
 }
 
 // Revive takes Retire back.

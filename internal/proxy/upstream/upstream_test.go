@@ -173,8 +173,12 @@ func TestRetryOnlyWhatMayBeRepeated(t *testing.T) {
 
 func TestFreshConnectionThatDiesIsNoReasonToRepeat(t *testing.T) {
 	p, conns := listening(t, func(_ int, _ net.Conn, br *bufio.Reader) { _, _, _ = next(br) })
-	if _, _, err := do(t, p, get("GET")); err == nil || conns.Load() != 1 {
-		t.Errorf("error %v after %d connections", err, conns.Load())
+	for method, repeatable := range map[string]bool{"GET": true, "POST": false} {
+		before := conns.Load()
+		_, _, err := do(t, p, get(method))
+		if lost, is := errors.AsType[*LostError](err); !is || lost.Repeatable != repeatable || conns.Load() != before+1 {
+			t.Errorf("%s: error %v after %d connections", method, err, conns.Load()-before)
+		}
 	}
 }
 
@@ -241,9 +245,13 @@ func TestBodiesAreFramedByUs(t *testing.T) {
 
 func TestWhatCannotBeWrittenIsRefused(t *testing.T) {
 	for _, r := range []*Request{
-		{Method: "GET /x", Target: "/", Host: "a"}, {Method: "GET", Target: "/ HTTP/1.1\r\nX: y", Host: "a"}, {Method: "GET", Target: "/", Host: "a\r\nb"},
-		{Method: "GET", Target: "/", Host: "a", Header: http.Header{"A b": {"c"}}}, {Method: "GET", Target: "/", Host: "a", Header: http.Header{"A": {"c\r\nd: e"}}},
-		{Method: "GET", Target: "/", Host: "a", Upgrade: "a\nb"}, {Method: "GET", Target: "", Host: "a"},
+		{Method: "GET /x", Target: "/", Host: "a"},
+		{Method: "GET", Target: "/ HTTP/1.1\r\nX: y", Host: "a"},
+		{Method: "GET", Target: "/", Host: "a\r\nb"},
+		{Method: "GET", Target: "/", Host: "a", Header: http.Header{"A b": {"c"}}},
+		{Method: "GET", Target: "/", Host: "a", Header: http.Header{"A": {"c\r\nd: e"}}},
+		{Method: "GET", Target: "/", Host: "a", Upgrade: "a\nb"},
+		{Method: "GET", Target: "", Host: "a"},
 	} {
 		if b, err := appendHead(nil, r); err == nil {
 			t.Errorf("%+v was written as %q", r, b)
@@ -345,66 +353,6 @@ func TestIdleConnectionsAreClosedInTime(t *testing.T) {
 	})
 }
 
-func TestRequestsBeyondMaxConnsWaitInTurn(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		p := piped(answering)
-		var busy []*Response
-		for range MaxConns {
-			resp, err := p.Do(t.Context(), get("GET"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			busy = append(busy, resp)
-		}
-		began := time.Now()
-		if _, err := p.Do(t.Context(), get("GET")); !errors.Is(err, ErrFull) || time.Since(began) != WaitTime {
-			t.Errorf("got %v after %s", err, time.Since(began))
-		}
-		var order []int
-		var mu sync.Mutex
-		var wg sync.WaitGroup
-		for i := range 3 {
-			wg.Go(func() {
-				resp, err := p.Do(t.Context(), get("GET"))
-				if err != nil {
-					t.Error(err)
-					return
-				}
-				mu.Lock()
-				order = append(order, i)
-				mu.Unlock()
-				_ = resp.Body.Close()
-			})
-			synctest.Wait()
-		}
-		ctx, cancel := context.WithCancel(t.Context())
-		wg.Go(func() {
-			if _, err := p.Do(ctx, get("GET")); !errors.Is(err, context.Canceled) {
-				t.Errorf("got %v", err)
-			}
-		})
-		synctest.Wait()
-		cancel()
-		synctest.Wait()
-		for i, resp := range busy {
-			if i%2 == 0 {
-				_, _ = io.ReadAll(resp.Body) // given back
-			}
-			_ = resp.Body.Close()
-			synctest.Wait()
-		}
-		wg.Wait()
-		if fmt.Sprint(order) != "[0 1 2]" {
-			t.Errorf("served in the order %v", order)
-		}
-		p.Retire()
-		if open, idle := p.Conns(); open != 0 || idle != 0 {
-			t.Errorf("in the end %d open, %d idle", open, idle)
-		}
-		synctest.Wait()
-	})
-}
-
 func TestRefusedConnectionIsADialError(t *testing.T) {
 	p := NewPool(func(ctx context.Context) (net.Conn, error) {
 		if d, ok := ctx.Deadline(); !ok || time.Until(d) > ConnectTime {
@@ -412,9 +360,10 @@ func TestRefusedConnectionIsADialError(t *testing.T) {
 		}
 		return nil, errors.New("refused")
 	})
-	for range 2 * MaxConns { // each gives its place back
-		if _, _, err := do(t, p, get("GET")); errors.As(err, new(*DialError)) == false {
-			t.Fatalf("got %v", err)
-		}
+	if _, _, err := do(t, p, get("GET")); !errors.As(err, new(*DialError)) {
+		t.Fatalf("got %v", err)
+	}
+	if open, _ := p.Conns(); open != 0 {
+		t.Errorf("%d connections are counted", open)
 	}
 }
