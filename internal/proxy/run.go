@@ -313,9 +313,6 @@ func (p *process) change(m *wire.App, gone bool) error {
 	p.state.Store(&st)
 	p.out.push(&wire.Applied{App: m.App, Revision: m.Revision})
 	a.applied(draining, m.Revision)
-	if cut := a.toCut(); cut != nil {
-		p.flights.cutOf(cut)
-	}
 	return nil
 }
 
