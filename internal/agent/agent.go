@@ -22,6 +22,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"tako/internal/agent/launch"
 	"tako/internal/ipc"
 	"tako/internal/supervise"
 	"tako/internal/tako"
@@ -125,11 +126,13 @@ type agent struct {
 	conn     *wire.Conn // any goroutine sends
 	log      hclog.Logger
 	settings wire.AgentSettings // written once, before the others start
+	groups   *launch.Groups     // of the settings
 
 	instances map[tako.InstanceID]*instance
 	logs      map[string]*sharedLog // by folder
 	dialable  dialable              // any goroutine reads
 	trees     sync.Mutex            // held over one Tree: two would open the same folders
+	unpacks   unpacks               // any goroutine uses
 
 	events  chan any // see send
 	calls   chan struct{}
@@ -173,6 +176,8 @@ func (a *agent) greet(ctx context.Context, version string) error {
 			err = a.conn.Reply(m.ID, &wire.Pong{})
 		case *wire.AgentSettings:
 			a.settings = *body
+			a.groups = launch.NewGroups(body.Groups)
+			a.groups.Clear()
 			if err := a.conn.Send(0, &wire.Ready{}); err != nil {
 				return fmt.Errorf("say that we are ready: %w", err)
 			}
@@ -214,6 +219,8 @@ func (a *agent) message(m *wire.Message) error {
 		return a.conn.Reply(m.ID, &wire.Pong{})
 	case *wire.Start:
 		return a.start(body)
+	case *wire.Adopt:
+		return a.adopt(m, body)
 	case *wire.Stop:
 		a.stop(body)
 		return nil

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -78,8 +79,50 @@ func (a *agent) start(m *wire.Start) error {
 	}
 	inst := &instance{spec: m, log: a.takeLog(m.LogDir, m.LogBytes, m.LogFiles, m.Command.User.GID)}
 	a.instances[m.Instance] = inst
-	a.all.Go(func() { a.live(t, m, inst.log.Log) })
+	c := a.config(m, inst.log.Log)
+	for id := range a.instances {
+		if id.App == m.Instance.App {
+			c.Siblings++
+		}
+	}
+	a.all.Go(func() { a.live(t, m, c) })
 	return nil
+}
+
+// adopt takes over an instance that another agent has started.
+func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
+	spec := &body.Start
+	t := a.target(spec)
+	if err := a.checkStart(spec, &t); err != nil {
+		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
+	}
+	inst := &instance{spec: spec, log: a.takeLog(spec.LogDir, spec.LogBytes, spec.LogFiles, spec.Command.User.GID)}
+	began := time.Now().Add(-time.Duration(max(body.AfterMS, 0)) * time.Millisecond)
+	files := [3]ipc.FD(m.Files)
+	m.Files = nil
+	p, err := launch.Adopt(a.config(spec, inst.log.Log), body.PID, began, files)
+	if err != nil {
+		a.dropLog(inst.log)
+		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
+	}
+	inst.process = p
+	a.instances[spec.Instance] = inst
+	if body.Via == wire.TransportTCP {
+		a.dialable.put(spec.Instance, target{spec.Port, spec.Command.User.UID})
+	}
+	t.Via = body.Via
+	a.log.Debug("instance adopted", logging.Instance, spec.Instance.String(), logging.PID, p.PID)
+	a.all.Go(func() { a.follow(t, spec, p, inst.log.Log) })
+	return nil
+}
+
+// config is how an instance is started.
+func (a *agent) config(m *wire.Start, log *launch.Log) launch.Config {
+	return launch.Config{
+		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID,
+		Log: log, Instance: m.Instance.N,
+		Groups: a.groups, Name: m.Instance.String(), Limits: m.Limits,
+	}
 }
 
 func (a *agent) target(m *wire.Start) health.Target {
@@ -135,13 +178,10 @@ func clean(p string) bool {
 }
 
 // live is the life of one instance, in a goroutine of its own.
-func (a *agent) live(t health.Target, m *wire.Start, log *launch.Log) {
-	p, files, err := launch.Start(a.work, launch.Config{
-		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID,
-		Log: log, Instance: m.Instance.N,
-	})
+func (a *agent) live(t health.Target, m *wire.Start, c launch.Config) {
+	p, files, err := launch.Start(a.work, c)
 	if err != nil {
-		log.Note(m.Instance.N, err.Error())
+		c.Log.Note(m.Instance.N, err.Error())
 		a.send(startFailed{m.Instance, err})
 		return
 	}
@@ -150,6 +190,11 @@ func (a *agent) live(t health.Target, m *wire.Start, log *launch.Log) {
 			f.Close()
 		}
 	}
+	a.follow(t, m, p, c.Log)
+}
+
+// follow watches a process that runs to its end.
+func (a *agent) follow(t health.Target, m *wire.Start, p *launch.Process, log *launch.Log) {
 	ctx, cancel := context.WithCancel(a.work)
 	var watching sync.WaitGroup
 	t.PID, t.Started = p.PID, p.Started
@@ -209,7 +254,7 @@ func (a *agent) event(e any) error {
 	case started:
 		inst := a.instances[e.id]
 		inst.process = e.process
-		err := a.conn.Send(0, &wire.Started{Instance: e.id, PID: e.process.PID}, e.files[:]...)
+		err := a.conn.Send(0, &wire.Started{Instance: e.id, PID: e.process.PID, Limits: e.process.Limits}, e.files[:]...)
 		for _, f := range e.files {
 			f.Close()
 		}
@@ -255,6 +300,7 @@ func (a *agent) checkRun(m *wire.Run) error {
 func (a *agent) runCommand(m *wire.Run, log *launch.Log) (any, error) {
 	p, files, err := launch.Start(a.work, launch.Config{
 		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID, Log: log, Build: true,
+		Groups: a.groups, Name: string(m.App) + ".step-" + rand.Text(),
 	})
 	if err != nil {
 		log.Note(0, err.Error())
@@ -278,6 +324,6 @@ func (a *agent) runCommand(m *wire.Run, log *launch.Log) (any, error) {
 	}
 	<-p.Done()
 	ran := &wire.Ran{Exit: p.Exit(), TimedOut: timedOut}
-	ran.Stdout, ran.Stderr = p.Heads()
+	ran.Stdout, ran.Stderr = p.Outputs()
 	return ran, nil
 }

@@ -90,14 +90,16 @@ func (a *agent) makeTree(m *wire.Tree) error {
 	defer a.trees.Unlock()
 	ctx, cancel := context.WithTimeoutCause(a.work, TreeTimeout, fmt.Errorf("not done within %s", TreeTimeout))
 	defer cancel()
+	left := a.unpacks.staleIn(filepath.Join(m.AppDir, "releases"))
 	if m.User.UID == 0 {
+		left.remove()
 		return a.treeError(m, mendAll(ownersFolders(m, 0, modePrivate), appsFolders(m, 0)))
 	}
 	agentGID := uint32(os.Getegid()) // a group is 32 bits
 	owner := &launch.Identity{UID: a.settings.Owner, GID: a.settings.OwnerGroup, Groups: groups(m.User.GID, agentGID)}
 	app := &launch.Identity{UID: m.User.UID, GID: m.User.GID, Groups: groups(a.settings.InstanceGroup)}
 	instances := filepath.Dir(m.RunDir)
-	own := treeWork{Folders: ownersFolders(m, agentGID, modeLogs), Missing: []string{
+	own := treeWork{Folders: ownersFolders(m, agentGID, modeLogs), Stale: left, Missing: []string{
 		filepath.Join(m.AppDir, "data"), filepath.Join(m.AppDir, "tmp"), m.RunDir,
 	}, Open: []folder{
 		{Path: m.AppDir, Mode: modeAppOpen, Group: m.User.GID, Exists: true},
@@ -178,6 +180,8 @@ type treeWork struct {
 	// If any of Missing is not there, Open are mended after Folders.
 	Missing []string
 	Open    []folder
+	// Stale is removed first.
+	Stale stale
 }
 
 // treeState is what it answers.
@@ -191,6 +195,7 @@ func treeHelper(request []byte, _ *os.File) (any, error) {
 	if err := json.Unmarshal(request, &work); err != nil {
 		return nil, err
 	}
+	work.Stale.remove()
 	if err := mendAll(work.Folders); err != nil {
 		return nil, err
 	}

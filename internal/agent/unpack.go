@@ -6,8 +6,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -23,7 +27,7 @@ import (
 const UnpackName = "tako-unpack"
 
 // incoming begins the name of a folder that is being unpacked into. What a crash
-// leaves behind under such a name may be removed when no Unpack is under way.
+// leaves behind under such a name is removed by the next Unpack or Tree of the app.
 const incoming = ".incoming-"
 
 // removeTimeout bounds the removal of a part of an archive.
@@ -34,6 +38,60 @@ const removeTimeout = 30 * time.Second
 type unpackWork struct {
 	Dir, Temp, Name string
 	Limits          archive.Limits
+	Stale           stale
+}
+
+// unpacks are the folders that are being unpacked into, by path.
+type unpacks struct {
+	mu    sync.Mutex
+	paths map[string]bool
+}
+
+func (u *unpacks) begin(path string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.paths == nil {
+		u.paths = make(map[string]bool)
+	}
+	u.paths[path] = true
+}
+
+func (u *unpacks) end(path string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	delete(u.paths, path)
+}
+
+// stale is what an Unpack that was cut off has left in the folder Dir: what looks
+// like it, was there Before, and is none of Live.
+type stale struct {
+	Dir    string
+	Live   []string // paths
+	Before time.Time
+}
+
+// staleIn says what is stale in dir, from now on.
+func (u *unpacks) staleIn(dir string) stale {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return stale{Dir: dir, Live: slices.Collect(maps.Keys(u.paths)), Before: time.Now()}
+}
+
+// remove removes it. What cannot be removed stays for the next time.
+func (s stale) remove() {
+	entries, err := os.ReadDir(s.Dir)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		path := filepath.Join(s.Dir, e.Name())
+		if !e.IsDir() || !strings.HasPrefix(e.Name(), incoming) || slices.Contains(s.Live, path) {
+			continue
+		}
+		if fi, err := e.Info(); err == nil && fi.ModTime().Before(s.Before) {
+			_ = os.RemoveAll(path)
+		}
+	}
 }
 
 // checkUnpack refuses what no correct master sends.
@@ -59,6 +117,10 @@ func (a *agent) unpack(m *wire.Unpack, input ipc.FD) (any, error) {
 		Dir: m.Dir, Temp: incoming + rand.Text(), Name: m.Name,
 		Limits: archive.Limits{MaxBytes: m.MaxBytes, MaxFiles: m.MaxFiles},
 	}
+	temp := filepath.Join(work.Dir, work.Temp)
+	a.unpacks.begin(temp)
+	defer a.unpacks.end(temp)
+	work.Stale = a.unpacks.staleIn(m.Dir)
 	var got wire.Unpacked
 	err := launch.Help(ctx, UnpackName, id, work, input, &got)
 	if err == nil {
@@ -84,6 +146,7 @@ func unpackHelper(request []byte, input *os.File) (any, error) {
 	if work.Name == "" {
 		return wire.Unpacked{}, os.RemoveAll(temp)
 	}
+	work.Stale.remove()
 	stats, err := unpackInto(temp, filepath.Join(work.Dir, work.Name), input, work.Limits)
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(temp))
@@ -127,6 +190,8 @@ func Stage() {
 		launch.Helper(os.Args, treeHelper)
 	case UnpackName:
 		launch.Helper(os.Args, unpackHelper)
+	case launch.SweepName:
+		launch.Helper(os.Args, launch.Sweep)
 	default:
 		return
 	}

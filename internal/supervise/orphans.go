@@ -5,8 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -38,6 +40,13 @@ func Waited(pid int) {
 	own.Lock()
 	defer own.Unlock()
 	delete(own.pids, pid)
+}
+
+// Own returns the children of Fork that were not waited for yet.
+func Own() []int {
+	own.Lock()
+	defer own.Unlock()
+	return slices.Collect(maps.Keys(own.pids))
 }
 
 // Subreaper makes this process the parent of its descendants' orphans.

@@ -56,6 +56,8 @@ type Target struct {
 	// PID leads the process group, to say where it listens instead.
 	PID     int
 	Started time.Time
+	// Via is where it answered before, "" if it never did.
+	Via wire.Transport
 	// ReadyWithin is when an instance that has not come up is reported so, once.
 	ReadyWithin time.Duration
 }
@@ -95,15 +97,18 @@ func graphic(s string) bool {
 
 // Watch probes until ctx ends. While the instance comes up it reports only the
 // first good probe, and once that ReadyWithin has passed without one; from then
-// on each probe. Reports come from this one goroutine, in order.
+// on each probe. One that has a Via has come up: its streak goes on. Reports come from this one goroutine, in order.
 func Watch(ctx context.Context, t Target, report func(wire.Probed)) {
 	if t.Probe.Kind == wire.ProbeAlive {
 		t.alive(ctx, report)
 		return
 	}
-	via, ok := t.comeUp(ctx, report)
-	if !ok {
-		return
+	via := t.Via
+	if via == "" {
+		var ok bool
+		if via, ok = t.comeUp(ctx, report); !ok {
+			return
+		}
 	}
 	t.steady(ctx, via, report)
 }

@@ -17,19 +17,23 @@ import (
 type child struct {
 	pid   int
 	pidfd *os.File
+	// adopted: another process started it, and somebody else reaps it. Its number
+	// is its own only as long as it runs.
+	adopted bool
 }
 
 // self is this program's own file, also when its path now holds another one.
 const self = "/proc/self/exe"
 
 // spawn starts a second stage of this program, which argv[0] names, with files as
-// its descriptors from 0, an empty environment, and nothing else.
-func spawn(argv []string, files []uintptr) (*child, error) {
+// its descriptors from 0, an empty environment, and nothing else. It is born in
+// the control group of version 2 whose folder is open as cgroup, unless 0.
+func spawn(argv []string, files []uintptr, cgroup int) (*child, error) {
 	pidfd := -1
 	attr := &syscall.ProcAttr{
 		Env:   []string{},
 		Files: files,
-		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd},
+		Sys:   &syscall.SysProcAttr{Setsid: true, PidFD: &pidfd, UseCgroupFD: cgroup > 0, CgroupFD: cgroup},
 	}
 	var pid int
 	err := supervise.Fork(func() (_ int, err error) {
@@ -60,6 +64,17 @@ func (c *child) wait() {
 	_ = raw.Read(func(fd uintptr) bool { return ended(int(fd)) }) //nolint:errcheck // reap waits in any case
 }
 
+// over reports whether the process has ended.
+func (c *child) over() bool {
+	raw, err := c.pidfd.SyscallConn()
+	if err != nil {
+		return true
+	}
+	over := true
+	_ = raw.Control(func(fd uintptr) { over = ended(int(fd)) }) //nolint:errcheck // then it is over for us
+	return over
+}
+
 // ended reports whether the process behind a pidfd has: it is readable then.
 func ended(pidfd int) bool {
 	p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}
@@ -75,7 +90,7 @@ func ended(pidfd int) bool {
 // reap takes the status of the process, which must be ending, and gives its
 // number back. ok is false if the status is not to be had.
 func (c *child) reap() (status unix.WaitStatus, ok bool) {
-	for {
+	for !c.adopted {
 		_, err := unix.Wait4(c.pid, &status, 0, nil)
 		if errors.Is(err, unix.EINTR) {
 			continue
@@ -83,7 +98,9 @@ func (c *child) reap() (status unix.WaitStatus, ok bool) {
 		ok = err == nil
 		break
 	}
-	supervise.Waited(c.pid)
+	if !c.adopted {
+		supervise.Waited(c.pid)
+	}
 	if c.pidfd != nil {
 		_ = c.pidfd.Close()
 	}
@@ -92,5 +109,8 @@ func (c *child) reap() (status unix.WaitStatus, ok bool) {
 
 // signalGroup signals the process and its group. It must not have been reaped.
 func (c *child) signalGroup(sig unix.Signal) {
+	if c.adopted && c.over() {
+		return // who is left in the group is found otherwise
+	}
 	_ = supervise.SignalGroup(c.pid, sig) //nolint:errcheck // nobody is left in it
 }

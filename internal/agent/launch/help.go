@@ -54,7 +54,7 @@ func Help(ctx context.Context, name string, id *Identity, request any, input ipc
 	_ = unix.SetNonblock(pipe[0], true) // of our own end alone
 	answers := os.NewFile(uintptr(pipe[0]), "answer")
 	defer answers.Close() // only read
-	c, err := spawn([]string{name, string(who), string(req)}, []uintptr{stdin, uintptr(pipe[1]), 2})
+	c, err := spawn([]string{name, string(who), string(req)}, []uintptr{stdin, uintptr(pipe[1]), 2}, 0)
 	ipc.FD(pipe[1]).Close()
 	if err != nil {
 		return err

@@ -8,8 +8,9 @@
 // that a program that could not be started says why. When to start and to stop
 // is for package agent to say; whether an instance is well, for package health.
 //
-// Limits of memory, processor and processes per instance belong into Config and
-// the second stage.
+// What an instance has started ends with it, whichever way it got out of sight:
+// by its control group where there is one to have, else as package-private
+// strays are found.
 package launch
 
 import (
@@ -18,6 +19,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -51,28 +53,41 @@ type Config struct {
 	Instance uint32
 	// Build marks both outputs as StreamBuild.
 	Build bool
+	// Groups makes its control group, under Name; nil: it has none.
+	Groups *Groups
+	Name   string
+	Limits wire.Limits
+	// Siblings are the processes that run as the same user, this one included:
+	// where only a user's processes can be bounded, they share the bound.
+	Siblings int
 }
 
 // A Process is a program that was started. Its group lives no longer than it.
 type Process struct {
 	PID     int
 	Started time.Time
+	// Limits says by what its limits are kept, and which are not.
+	Limits string
 
 	child    *child
+	group    *group
+	command  wire.Command
 	log      *Log
 	instance uint32
-	oom      oomWatch
+	oom      oomWatch      // without a group of its own
+	kills    int64         // of the group, before we watched
 	exited   chan struct{} // the program has ended
 	done     chan struct{} // and the rest is settled
 
 	mu     sync.Mutex
+	killed bool        // by us
 	gone   bool        // its number may be another's
 	kill   *time.Timer // nil until Stop
 	killAt time.Time
 
 	outMu sync.Mutex
 	lines []string // newest, at most wire.MaxLastLines
-	heads [2][]byte
+	heads [2]headTail
 	exit  wire.Exit // written before done is closed
 }
 
@@ -89,7 +104,26 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 		return nil, none, err
 	}
 	defer null.Close() // nothing was written
-	spec, err := sealedSpec(execSpec{Command: c.Command, MinUID: c.MinUID, MaxUID: c.MaxUID})
+	what := execSpec{Command: c.Command, MinUID: c.MinUID, MaxUID: c.MaxUID}
+	var grp *group
+	limits := ""
+	if c.Groups != nil {
+		grp, limits = c.Groups.make(c.Name, c.Limits)
+	}
+	if grp == nil && c.Limits.PIDs > 0 && c.Command.User.UID != 0 {
+		what.MaxProcs = c.Limits.PIDs * max(c.Siblings, 1)
+		limits = "rlimits: pids only"
+	}
+	running := false
+	defer func() {
+		if !running {
+			grp.remove()
+		}
+	}()
+	if grp != nil {
+		what.Groups, what.MustEnter = grp.v1, c.Limits != wire.Limits{}
+	}
+	spec, err := sealedSpec(what)
 	if err != nil {
 		return nil, none, err
 	}
@@ -119,7 +153,7 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 		}
 	}
 
-	ch, err := spawn([]string{ExecName}, []uintptr{null.Fd(), uintptr(pipes[0][1]), uintptr(pipes[1][1]), uintptr(spec), uintptr(pipes[2][1])})
+	ch, err := c.Groups.spawn(grp, []string{ExecName}, []uintptr{null.Fd(), uintptr(pipes[0][1]), uintptr(pipes[1][1]), uintptr(spec), uintptr(pipes[2][1])})
 	if err != nil {
 		closeReaders()
 		return nil, none, err
@@ -145,20 +179,79 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 		closeReaders()
 		return nil, none, err
 	}
-	p := &Process{
-		PID: ch.pid, Started: started, child: ch, log: c.Log, instance: c.Instance,
-		oom: watchOOM(ch.pid), exited: make(chan struct{}), done: make(chan struct{}),
+	running = true
+	p := c.process(ch, started)
+	p.Limits, p.group = limits, grp
+	if grp != nil && grp.v2 == "" && strings.Contains(limits, "v2") {
+		p.Limits = NoClone
 	}
+	if grp == nil {
+		p.oom = watchOOM(ch.pid)
+	}
+	p.follow(c.Build, readers[:2])
+	return p, files, nil
+}
+
+// Adopt takes over a process that another one has started with Start, by the
+// descriptors that Start returned then; they are its own from here on. The
+// process may have ended already. Of c it needs no limits.
+func Adopt(c Config, pid int, started time.Time, files [3]ipc.FD) (*Process, error) {
+	var open [3]*os.File
+	for i, name := range []string{"pidfd", "stdout", "stderr"} {
+		_ = unix.SetNonblock(int(files[i]), true) //nolint:errcheck // then a thread waits
+		open[i] = files[i].File(name)
+	}
+	if of := pidOf(open[0]); pid <= 1 || of != pid && of != -1 {
+		for _, f := range open {
+			_ = f.Close()
+		}
+		return nil, fmt.Errorf("the descriptor is of process %d, not of %d", of, pid)
+	}
+	p := c.process(&child{pid: pid, pidfd: open[0], adopted: true}, started)
+	if c.Groups != nil {
+		p.group = c.Groups.find(c.Name)
+	}
+	p.kills, _ = p.group.kills()
+	p.follow(c.Build, open[1:])
+	return p, nil
+}
+
+// pidOf returns the number of a pidfd's process, -1 if it has ended.
+func pidOf(f *os.File) int {
+	pid := 0
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = raw.Control(func(fd uintptr) { //nolint:errcheck // 0 then
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) //nolint:errcheck // as above
+		for line := range strings.Lines(string(b)) {
+			if n, ok := strings.CutPrefix(line, "Pid:"); ok {
+				pid, _ = strconv.Atoi(strings.TrimSpace(n)) //nolint:errcheck // as above
+			}
+		}
+	})
+	return pid
+}
+
+func (c *Config) process(ch *child, started time.Time) *Process {
+	return &Process{
+		PID: ch.pid, Started: started, child: ch, command: c.Command, log: c.Log, instance: c.Instance,
+		exited: make(chan struct{}), done: make(chan struct{}),
+	}
+}
+
+// follow reads the outputs and sees the process to its end, in goroutines.
+func (p *Process) follow(build bool, readers []*os.File) {
 	streams := [2]string{StreamOut, StreamErr}
-	if c.Build {
+	if build {
 		streams = [2]string{StreamBuild, StreamBuild}
 	}
 	var pumps sync.WaitGroup
 	for i := range 2 {
 		pumps.Go(func() { p.pump(readers[i], streams[i], i) })
 	}
-	go p.run(&pumps, readers[:2])
-	return p, files, nil
+	go p.run(&pumps, readers)
 }
 
 // checkUser refuses users that no app may be.
@@ -233,10 +326,26 @@ func (p *Process) run(pumps *sync.WaitGroup, outputs []*os.File) {
 		p.kill.Stop()
 	}
 	p.mu.Unlock()
+	if p.group == nil || !p.group.empty() {
+		sweep(&p.command, p.PID)
+	}
 	status, ok := p.child.reap()
 	p.exit = exitOf(status, ok)
-	p.exit.OutOfMem = p.exit.Signal == "SIGKILL" && p.oom.happened()
+	p.exit.OutOfMem = p.outOfMem()
+	p.group.remove()
 	close(p.done)
+}
+
+// outOfMem reports whether the kernel killed the process for want of memory. Its
+// own group knows; else it is a good guess.
+func (p *Process) outOfMem() bool {
+	if p.killed || p.exit.Signal != "SIGKILL" && !p.exit.Forgotten {
+		return false
+	}
+	if n, ok := p.group.kills(); ok {
+		return n > p.kills
+	}
+	return p.oom.happened()
 }
 
 func exitOf(status unix.WaitStatus, ok bool) wire.Exit {
@@ -273,11 +382,46 @@ func (p *Process) LastLines() []string {
 	return append([]string(nil), p.lines...)
 }
 
-// Heads returns the first wire.MaxRanOutput bytes of its two outputs.
-func (p *Process) Heads() (stdout, stderr string) {
+// Outputs returns its two outputs, each as wire.Ran has them.
+func (p *Process) Outputs() (stdout, stderr string) {
 	p.outMu.Lock()
 	defer p.outMu.Unlock()
-	return strings.ToValidUTF8(string(p.heads[0]), "\uFFFD"), strings.ToValidUTF8(string(p.heads[1]), "\uFFFD")
+	return p.heads[0].text(), p.heads[1].text()
+}
+
+// A headTail keeps the first and the last bytes of an output.
+type headTail struct {
+	head, tail []byte
+	cut        bool // bytes between them were left out
+}
+
+const maxTail = wire.MaxRanOutput - wire.MaxRanHead
+
+func (h *headTail) add(b []byte) {
+	n := min(wire.MaxRanHead-len(h.head), len(b))
+	h.head = append(h.head, b[:n]...)
+	h.tail = append(h.tail, b[n:]...)
+	if over := len(h.tail) - maxTail; over > 0 {
+		h.tail = append(h.tail[:0], h.tail[over:]...)
+		h.cut = true
+	}
+}
+
+func (h *headTail) text() string {
+	if !h.cut {
+		return valid(string(h.head)+string(h.tail), wire.MaxRanOutput)
+	}
+	head, tail := string(h.head), string(h.tail[len(wire.RanCut):])
+	for i := 0; i < utf8.UTFMax && tail != "" && !utf8.RuneStart(tail[0]); i++ { // not inside a character
+		tail = tail[1:]
+	}
+	return valid(valid(head, len(head))+wire.RanCut+tail, wire.MaxRanOutput)
+}
+
+// valid is at most n bytes of s, with a mark for what is no UTF-8.
+func valid(s string, n int) string {
+	s = strings.ToValidUTF8(s, "?")
+	return s[:min(n, len(s))]
 }
 
 // Stop ends the process: SIGTERM to its group, and SIGKILL after grace. Asked
@@ -305,6 +449,7 @@ func (p *Process) killNow() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.gone {
+		p.killed = true
 		p.child.signalGroup(unix.SIGKILL)
 	}
 }
@@ -334,9 +479,7 @@ func (p *Process) pump(r io.Reader, stream string, which int) {
 // keep stores what was read, in memory and in the log.
 func (p *Process) keep(which int, raw []byte, lines []string, stream string) {
 	p.outMu.Lock()
-	if room := wire.MaxRanOutput - len(p.heads[which]); room > 0 {
-		p.heads[which] = append(p.heads[which], raw[:min(room, len(raw))]...)
-	}
+	p.heads[which].add(raw)
 	for _, l := range lines[max(0, len(lines)-wire.MaxLastLines):] {
 		p.lines = append(p.lines, clip(l, wire.MaxLastLine))
 	}

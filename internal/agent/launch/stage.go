@@ -44,6 +44,12 @@ const (
 type execSpec struct {
 	Command        wire.Command
 	MinUID, MaxUID uint32
+	// Groups are folders of control groups to enter; with MustEnter it is an error
+	// if that fails.
+	Groups    []string
+	MustEnter bool
+	// MaxProcs bounds the processes of its user, 0: it does not.
+	MaxProcs int
 }
 
 // Exec is the stage ExecName. It returns only to say, on its complaint pipe, why
@@ -67,7 +73,7 @@ func execCommand() error {
 	if c.User.UID != 0 {
 		id = &sandbox.Identity{UID: c.User.UID, GID: c.User.GID}
 	}
-	err := sandbox.Exec(id, c.Dir, c.Argv, c.Env, appMask, nil)
+	err := sandbox.Exec(id, c.Dir, c.Argv, c.Env, appMask, spec.limit)
 	// This thread is the app's user now: what that user finds is the reason.
 	if derr := unix.Chdir(c.Dir); derr != nil {
 		return fmt.Errorf("cannot start %q: its folder %s: %w", c.Argv[0], c.Dir, derr)
@@ -76,6 +82,25 @@ func execCommand() error {
 		return fmt.Errorf("cannot start %q: %w", c.Argv[0], perr)
 	}
 	return fmt.Errorf("cannot start %q: %w", c.Argv[0], err)
+}
+
+// limit bounds this process, while it still has the agent's powers.
+func (s *execSpec) limit() error {
+	if err := enter(s.Groups); err != nil && s.MustEnter {
+		return err
+	}
+	if s.MaxProcs == 0 {
+		return nil
+	}
+	var now unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &now); err != nil {
+		return fmt.Errorf("limit processes: %w", err)
+	}
+	n := min(uint64(s.MaxProcs), now.Max) //nolint:gosec // not negative
+	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: n, Max: n}); err != nil {
+		return fmt.Errorf("limit processes: %w", err)
+	}
+	return nil
 }
 
 // lookPath says why a program is not to be found, or cannot be run, with the
