@@ -32,8 +32,8 @@ const (
 	// IdleGrace is how long connections that wait for their next request are left
 	// open by a drain, so that a request already under way to us is answered.
 	IdleGrace = 2 * time.Second
-	// unwindTime bounds the wait for requests that were cut to notice.
-	unwindTime = time.Second
+	// unwindTime bounds the wait for requests and streams that were cut to end.
+	unwindTime = CloseTime + 500*time.Millisecond
 	drainPoll  = 10 * time.Millisecond
 )
 
@@ -313,6 +313,9 @@ func (p *process) change(m *wire.App, gone bool) error {
 	p.state.Store(&st)
 	p.out.push(&wire.Applied{App: m.App, Revision: m.Revision})
 	a.applied(draining, m.Revision)
+	if cut := a.toCut(); cut != nil {
+		p.flights.cutOf(cut)
+	}
 	return nil
 }
 
@@ -415,13 +418,18 @@ func (p *process) leave(listening []listener) (cut int) {
 			break
 		}
 	}
+	unwound := time.NewTimer(unwindTime)
+	defer unwound.Stop()
+	select {
+	case <-p.flights.gone(): // streams were ended properly, if their clients took it
+	case <-unwound.C:
+	}
 	p.front.Close()
 	if shut != nil {
 		cancel()
 		<-shut
 	}
-	unwound := time.NewTimer(unwindTime)
-	defer unwound.Stop()
+	unwound.Reset(unwindTime)
 	select {
 	case <-p.flights.gone():
 	case <-unwound.C:
