@@ -38,6 +38,7 @@ func (r release) dir(s *takotest.Server) string {
 // random moments of a deploy. After the next start version, route and secret
 // belong together: all of the old release or all of the new.
 func TestMasterKilledUnderADeployLeavesTheOldStateOrTheNew(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)

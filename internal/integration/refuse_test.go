@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/binary"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -15,19 +16,7 @@ import (
 // launch makes a server for a test and does not start it.
 func launch(t *testing.T, flags ...string) *takotest.Server {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("-short: it builds and runs the programs")
-	}
-	s, err := takotest.New(takotest.Options{Flags: flags})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return s
+	return prepare(t, takotest.Options{Flags: flags})
 }
 
 // refused wants the server to leave by itself with an error that has each text.
@@ -60,27 +49,47 @@ const (
 )
 
 func TestPortInUseIsRefusedByNumber(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(s.HTTPS)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	refused(t, s, exitFailed, strconv.Itoa(s.HTTPS), "in use", "--tls-port")
+	refused(t, s, exitFailed, fmt.Sprintf("port %d is in use by ", s.HTTPS), fmt.Sprintf("(pid %d)", os.Getpid()), "stop it, or choose another port with --tls-port")
+}
+
+func TestPortsOfALivingServerAreRefusedByItsPIDAndItServesOn(t *testing.T) {
+	t.Parallel()
+	first := start(t, takotest.Options{})
+	second := launch(t, "--port", strconv.Itoa(first.HTTP))
+	holder := 0
+	for _, p := range first.Processes() { // the first of those that hold it is named
+		if strings.Contains(p.Command, "tako-master") {
+			holder = p.PID
+		}
+	}
+	refused(t, second, exitFailed, fmt.Sprintf("port %d is in use by tako-", first.HTTP), "--port")
+	if holder == 0 {
+		t.Error("the first server has gone")
+	}
 }
 
 func TestSocketPathThatIsTooLongIsRefused(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	s.SetFlags("--socket", filepath.Join(s.Dir, strings.Repeat("long/", 20), "tako.sock"))
 	refused(t, s, exitUsage, "107", "--socket")
 }
 
 func TestFaultsOfFlagsAreReportedTogether(t *testing.T) {
+	t.Parallel()
 	refused(t, launch(t, "--instance-ports", "9-1", "--log-level", "loud", "--trusted-proxies", "somebody"), exitUsage,
 		"--instance-ports", "--log-level", "--trusted-proxies")
 }
 
 func TestDataRootThatCannotBeMadeIsRefused(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	file := filepath.Join(s.Dir, "file")
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
@@ -91,10 +100,8 @@ func TestDataRootThatCannotBeMadeIsRefused(t *testing.T) {
 }
 
 func TestSecondServerOnADataRootIsRefusedAndHarmsNothing(t *testing.T) {
-	first := launch(t)
-	if err := first.Start(); err != nil {
-		t.Fatal(err)
-	}
+	t.Parallel()
+	first := start(t, takotest.Options{})
 	second := launch(t, "--data-dir", first.Data)
 	refused(t, second, exitFailed, first.Data, strconv.Itoa(first.PID()))
 	if _, err := first.Ask("list", nil); err != nil {
@@ -103,10 +110,8 @@ func TestSecondServerOnADataRootIsRefusedAndHarmsNothing(t *testing.T) {
 }
 
 func TestSecondServerOnASocketIsRefusedAndHarmsNothing(t *testing.T) {
-	first := launch(t)
-	if err := first.Start(); err != nil {
-		t.Fatal(err)
-	}
+	t.Parallel()
+	first := start(t, takotest.Options{})
 	second := launch(t, "--socket", first.Socket)
 	refused(t, second, exitFailed, first.Socket)
 	if _, err := first.Ask("list", nil); err != nil {
@@ -115,6 +120,7 @@ func TestSecondServerOnASocketIsRefusedAndHarmsNothing(t *testing.T) {
 }
 
 func TestLeftoversOfADeadServerAreCleaned(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	for range 2 { // the second start finds what the kill left
 		if err := s.Start(); err != nil {
@@ -137,6 +143,7 @@ func TestLeftoversOfADeadServerAreCleaned(t *testing.T) {
 }
 
 func TestDatabaseFromTheFutureIsRefusedAndKept(t *testing.T) {
+	t.Parallel()
 	s := launch(t)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
