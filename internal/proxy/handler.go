@@ -177,7 +177,11 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 	}
 	renew(w, r)
 	w.WriteHeader(resp.Status)
-	if err := reply(w, rc, r, resp); err != nil {
+	err = reply(w, rc, r, resp)
+	if err != nil && fl.stream && resp.ContentLength < 0 && errors.Is(context.Cause(ctx), errCut) {
+		return // a stream of events ends properly wherever it is cut: the client asks for the rest
+	}
+	if err != nil {
 		h.log.Debug("answer cut", "app", a.id, "instance", fl.inst.id, "error", err)
 		panic(http.ErrAbortHandler) // the client must not take it for the whole
 	}

@@ -418,17 +418,19 @@ func (p *process) leave(listening []listener) (cut int) {
 			break
 		}
 	}
+	// Streams are ended properly, if their clients take it.
 	unwound := time.NewTimer(unwindTime)
 	defer unwound.Stop()
-	select {
-	case <-p.flights.gone(): // streams were ended properly, if their clients took it
-	case <-unwound.C:
+	for _, done := range []<-chan struct{}{p.flights.gone(), shut} { // shut by now: requests are over
+		select {
+		case <-done:
+		case <-unwound.C:
+			unwound.Reset(0)
+		}
 	}
 	p.front.Close()
-	if shut != nil {
-		cancel()
-		<-shut
-	}
+	cancel()
+	<-shut
 	unwound.Reset(unwindTime)
 	select {
 	case <-p.flights.gone():
