@@ -34,7 +34,7 @@ const progressEvery = 100 * time.Millisecond
 const manifestHelp = `Every app has an app.json. The smallest ones:
   node, bun, deno:  {"runtime": "node", "main": "server.js"}
   Go, or any other program, built before the deploy:
-                    {"runtime": "go", "main": "server", "start": ["./{main}"]}
+                    {"runtime": "go", "start": ["./server"]}
 The app listens on the port in PORT, or on the socket in TAKO_APP_SOCKET, and
 answers GET /status with 200.`
 
