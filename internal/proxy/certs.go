@@ -8,9 +8,11 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -174,10 +176,39 @@ var cipherSuites = []uint16{
 
 // tlsConfig is for all HTTPS listeners; ticket keys are set on it later.
 func (c *certs) tlsConfig() *tls.Config {
-	return &tls.Config{
+	conf := &tls.Config{
 		MinVersion: tls.VersionTLS12, CipherSuites: cipherSuites,
 		NextProtos: []string{"h2", "http/1.1"}, GetCertificate: c.get,
 	}
+	conf.UnwrapSession = func(ticket []byte, cs tls.ConnectionState) (*tls.SessionState, error) {
+		s, err := conf.DecryptTicket(ticket, cs)
+		if err != nil || s == nil || !fresh(s, time.Now()) {
+			return nil, err // without a session the handshake is a full one
+		}
+		return s, nil
+	}
+	return conf
+}
+
+// TicketLife is how long a TLS session can be resumed, counted from its full
+// handshake in TLS 1.2, and from the ticket's issue in TLS 1.3, where each
+// resumption agrees on new keys. Package crypto/tls itself allows a week.
+const TicketLife = 24 * time.Hour
+
+// fresh reports whether a session is not older than TicketLife. Its encoding
+// begins with version, kind and cipher suite, 5 bytes, and then when it was made,
+// in Unix seconds.
+func fresh(s *tls.SessionState, now time.Time) bool {
+	b, err := s.Bytes()
+	if err != nil || len(b) < 13 {
+		return false
+	}
+	made := binary.BigEndian.Uint64(b[5:])
+	if made > math.MaxInt64 {
+		return false
+	}
+	age := now.Sub(time.Unix(int64(made), 0))
+	return age > -time.Minute && age <= TicketLife
 }
 
 // ticketKeys checks and converts the keys of session tickets.

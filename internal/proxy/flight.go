@@ -14,14 +14,16 @@ var errCut = errors.New("the time for requests or streams is over")
 // flights are the requests that are on their way, streams apart, so that a drain
 // can wait for them and end them.
 type flights struct {
+	most int // at once
+
 	mu       sync.Mutex
 	requests map[*flight]bool
 	streams  map[*flight]*instance
 	none     chan struct{} // closed when both are empty, if somebody waits
 }
 
-func newFlights() *flights {
-	return &flights{requests: make(map[*flight]bool), streams: make(map[*flight]*instance)}
+func newFlights(most int) *flights {
+	return &flights{most: most, requests: make(map[*flight]bool), streams: make(map[*flight]*instance)}
 }
 
 // flight is one request, from its route to its last byte.
@@ -38,16 +40,24 @@ type flight struct {
 	stream bool
 }
 
-// begin registers a request. The caller calls end.
+// begin registers a request, or returns nil if there are too many. The caller
+// calls end.
 func (f *flights) begin(ctx context.Context, a *app, conn *clientConn) (*flight, context.Context) {
 	client := ctx
 	ctx, cancel := context.WithCancelCause(context.WithoutCancel(client))
 	fl := &flight{all: f, app: a, conn: conn, cancel: cancel}
-	fl.detach = context.AfterFunc(client, func() { cancel(context.Cause(client)) })
-	a.begin()
 	f.mu.Lock()
-	f.requests[fl] = true
+	full := len(f.requests)+len(f.streams) >= f.most
+	if !full {
+		f.requests[fl] = true
+	}
 	f.mu.Unlock()
+	if full {
+		cancel(nil)
+		return nil, client
+	}
+	a.begin()
+	fl.detach = context.AfterFunc(client, func() { cancel(context.Cause(client)) })
 	return fl, ctx
 }
 

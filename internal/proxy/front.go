@@ -61,13 +61,14 @@ func connOf(r *http.Request) *clientConn {
 type netHTTP struct {
 	server *http.Server
 	tls    *tls.Config
+	door   *doorman
 
 	mu    sync.Mutex
 	conns map[net.Conn]*clientConn
 }
 
-func newNetHTTP(h http.Handler, conf *tls.Config, log hclog.Logger) *netHTTP {
-	f := &netHTTP{tls: conf, conns: make(map[net.Conn]*clientConn)}
+func newNetHTTP(h http.Handler, conf *tls.Config, door *doorman, log hclog.Logger) *netHTTP {
+	f := &netHTTP{tls: conf, door: door, conns: make(map[net.Conn]*clientConn)}
 	f.server = &http.Server{
 		Handler: h, TLSConfig: conf,
 		ReadHeaderTimeout: HeadTime, IdleTimeout: KeepTime, MaxHeaderBytes: MaxHead,
@@ -104,6 +105,7 @@ func (f *netHTTP) changed(nc net.Conn, s http.ConnState) {
 }
 
 func (f *netHTTP) Serve(l net.Listener, secure bool) {
+	l = guarded{Listener: l, door: f.door}
 	if secure {
 		l = tls.NewListener(l, f.tls)
 	}

@@ -109,7 +109,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		return
 	}
-	c := clientOf(r, st.trusted)
+	c := clientOf(r, st)
 	a, _, found := st.routes.Match(r.Host, path)
 	if !c.https && (!found || !a.conf.Load().PlainHTTP) {
 		redirect(w, r, name, target, st.httpsPort)
@@ -125,6 +125,10 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // forward has an instance of a answer the request.
 func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c client, target string) {
 	fl, ctx := h.flights.begin(r.Context(), a, connOf(r))
+	if fl == nil {
+		h.refuse(w, r, nil, errInstanceQueueFull)
+		return
+	}
 	defer fl.end()
 	id := idOf(r, c)
 	w.Header().Set(requestID, id)

@@ -78,17 +78,12 @@ type client struct {
 }
 
 // clientOf reads it from the request.
-func clientOf(r *http.Request, trusted []netip.Prefix) client {
+func clientOf(r *http.Request, st *state) client {
 	var c client
 	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
 		c.addr = ap.Addr().Unmap().WithZone("")
 	}
-	for _, p := range trusted {
-		if p.Contains(c.addr) {
-			c.trusted = true
-			break
-		}
-	}
+	c.trusted = st.isTrusted(c.addr)
 	c.https = r.TLS != nil
 	if c.trusted && !c.https {
 		proto, _, _ := strings.Cut(r.Header.Get(forwardedProto), ",")
@@ -127,9 +122,9 @@ func requestHeader(r *http.Request, c client, id string) http.Header {
 	if _, p, err := net.SplitHostPort(r.Host); err == nil && p != "" {
 		port = p
 	}
-	for name, value := range map[string]string{forwardedProto: scheme, forwardedHost: r.Host, forwardedPort: port} {
-		if len(out[name]) == 0 {
-			out[name] = []string{value}
+	for _, f := range [...]struct{ name, value string }{{forwardedProto, scheme}, {forwardedHost, r.Host}, {forwardedPort, port}} {
+		if len(out[f.name]) == 0 {
+			out[f.name] = []string{f.value}
 		}
 	}
 	out[requestID] = []string{id}

@@ -21,7 +21,7 @@ func socketPair() (a, b ipc.FD, err error) {
 }
 
 func TestLimitsOfTheFront(t *testing.T) {
-	s := newNetHTTP(nil, nil, hclog.NewNullLogger()).server
+	s := newNetHTTP(nil, nil, nil, hclog.NewNullLogger()).server
 	if s.ReadHeaderTimeout != 10*time.Second || s.IdleTimeout != 120*time.Second || s.MaxHeaderBytes != 32<<10 {
 		t.Errorf("head %s, idle %s, %d bytes", s.ReadHeaderTimeout, s.IdleTimeout, s.MaxHeaderBytes)
 	}

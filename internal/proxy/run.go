@@ -56,6 +56,15 @@ type state struct {
 	challenges map[string]string
 }
 
+func (st *state) isTrusted(a netip.Addr) bool {
+	for _, p := range st.trusted {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
 // process is a running proxy. Its fields are of the receiving goroutine, but for
 // those that say otherwise in their own types.
 type process struct {
@@ -143,16 +152,19 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 	p := &process{
 		cfg: cfg, log: log, conn: wire.NewConn(cfg.Channel, wire.LinkProxy, wire.Proxy),
 		signer: &link{kind: wire.LinkSigning, log: log}, dialer: &link{kind: wire.LinkDialing, log: log},
-		flights: newFlights(), apps: make(map[tako.AppID]*app), drained: make(chan struct{}),
+		flights: newFlights(maxConnections(openFiles())), apps: make(map[tako.AppID]*app), drained: make(chan struct{}),
 	}
 	p.out = newOutbox(func(body any) error { return p.conn.Send(0, body) })
 	p.certs = newCerts(p.signer.sign)
 	p.tls = p.certs.tlsConfig()
 	p.state.Store(&state{httpsPort: 443})
 	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
-	p.front = newNetHTTP(p.handler, p.tls, log)
+	p.front = newNetHTTP(p.handler, p.tls, newDoorman(p.flights.most, p.isTrusted, log), log)
 	return p
 }
+
+// isTrusted: the address is of a proxy whose word is believed.
+func (p *process) isTrusted(a netip.Addr) bool { return p.state.Load().isTrusted(a) }
 
 // receive handles messages until the channel ends or one is wrong. Nothing in it
 // waits for a request or a client.

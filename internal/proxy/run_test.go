@@ -268,10 +268,10 @@ func TestRequestIDOfTrustedProxyIsChecked(t *testing.T) {
 
 func TestTrustedProxySaysHTTPS(t *testing.T) {
 	r := &http.Request{RemoteAddr: "[::ffff:10.1.2.3]:99", Header: http.Header{"X-Forwarded-Proto": {"https, http"}}}
-	if c := clientOf(r, []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}); !c.https || !c.trusted || c.addr.String() != "10.1.2.3" {
+	if c := clientOf(r, &state{trusted: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}); !c.https || !c.trusted || c.addr.String() != "10.1.2.3" {
 		t.Errorf("got %+v", c)
 	}
-	if c := clientOf(r, nil); c.https || c.trusted {
+	if c := clientOf(r, &state{}); c.https || c.trusted {
 		t.Errorf("a stranger's word was believed: %+v", c)
 	}
 }
