@@ -21,9 +21,10 @@ type link struct {
 	log  hclog.Logger
 	wg   sync.WaitGroup
 
-	mu    sync.Mutex
-	conn  *wire.Conn
-	calls *wire.Calls
+	mu      sync.Mutex
+	conn    *wire.Conn
+	calls   *wire.Calls
+	changed chan struct{} // closed by the next open, once somebody waits for it
 }
 
 // open takes over the socket fd, and closes the one before it.
@@ -40,6 +41,10 @@ func (l *link) open(fd ipc.FD) error {
 		_ = l.conn.Close()
 	}
 	l.conn, l.calls = conn, calls
+	if l.changed != nil {
+		close(l.changed)
+		l.changed = nil
+	}
 	l.wg.Go(func() {
 		defer calls.End()
 		for {
@@ -68,6 +73,34 @@ func (l *link) do(ctx context.Context, body any) (wire.Message, error) {
 	return calls.Do(ctx, body)
 }
 
+// doAgain asks like do. If the socket has ended, or does before the answer, it
+// waits for the next one and asks there, until ctx ends: for what may be asked
+// twice.
+func (l *link) doAgain(ctx context.Context, body any) (wire.Message, error) {
+	for {
+		l.mu.Lock()
+		calls := l.calls
+		if l.changed == nil {
+			l.changed = make(chan struct{})
+		}
+		changed := l.changed
+		l.mu.Unlock()
+		err := error(wire.ErrGone)
+		if calls != nil {
+			var m wire.Message
+			m, err = calls.Do(ctx, body)
+			if _, answered := errors.AsType[*tako.Error](err); err == nil || answered || ctx.Err() != nil {
+				return m, err
+			}
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return wire.Message{}, err
+		}
+	}
+}
+
 // close ends the link and waits for its goroutine. It may come twice.
 func (l *link) close() {
 	l.mu.Lock()
@@ -92,9 +125,10 @@ func (l *link) sign(ctx context.Context, s *wire.Sign) ([]byte, error) {
 	return signed.Signature, nil
 }
 
-// dial has the agent connect to an instance.
+// dial has the agent connect to an instance. Between two agents it waits for the
+// next.
 func (l *link) dial(ctx context.Context, id tako.InstanceID) (net.Conn, error) {
-	m, err := l.do(ctx, &wire.Dial{Instance: id})
+	m, err := l.doAgain(ctx, &wire.Dial{Instance: id})
 	if err != nil {
 		return nil, err
 	}
