@@ -17,9 +17,15 @@ import (
 	"tako/internal/wire"
 )
 
-func main() { os.Exit(run(os.Args[1:])) }
+func main() {
+	// First of all: until then a SIGHUP is ignored, if another image of this
+	// process was here before, or ends the process.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	os.Exit(run(os.Args[1:], hup))
+}
 
-func run(args []string) int {
+func run(args []string, hup <-chan os.Signal) int {
 	var c master.Config
 	flags := master.NewFlags(&c)
 	flags.Usage = func() { fmt.Fprint(os.Stdout, master.Usage+flags.FlagUsages()) }
@@ -44,6 +50,14 @@ func run(args []string) int {
 	if err := errors.Join(master.LoadSettings(flags, &c), c.Validate()); err != nil {
 		return fail(wire.ExitUsage, err)
 	}
+	if c.Preflight != "" {
+		reply, err := master.Preflight(context.Background(), c, version.Version, c.Preflight)
+		if err != nil {
+			return fail(wire.ExitUsage, err)
+		}
+		fmt.Fprintln(os.Stdout, reply)
+		return wire.ExitDone
+	}
 	if c.Check {
 		fmt.Fprintln(os.Stdout, "flags and settings are good")
 		return wire.ExitDone
@@ -55,7 +69,7 @@ func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	signal.Ignore(syscall.SIGPIPE)
-	if err := master.Run(ctx, c, version.Version, log); err != nil {
+	if err := master.Run(ctx, c, version.Version, hup, log); err != nil {
 		return fail(wire.ExitFailed, err)
 	}
 	return wire.ExitDone

@@ -52,6 +52,10 @@ func (b *backend) note(format string, args ...any) error {
 }
 
 func (b *backend) Upgrading() bool { return false }
+func (b *backend) Reload(context.Context) (management.ReloadInfo, error) {
+	return management.ReloadInfo{}, nil
+}
+
 func (b *backend) ServerInfo(context.Context) (management.ServerInfo, error) {
 	return management.ServerInfo{
 		PID: 42, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,

@@ -17,6 +17,9 @@ type Backend interface {
 	Upgrading() bool
 
 	ServerInfo(ctx context.Context) (ServerInfo, error)
+	// Reload asks for a reload and returns what is known of those before. It does
+	// not wait: the reload waits for this very command to end.
+	Reload(ctx context.Context) (ReloadInfo, error)
 	EnterUpgrading(ctx context.Context, owner string, force bool) error
 	ExitUpgrading(ctx context.Context, owner string, force bool) error
 
@@ -106,7 +109,16 @@ type ServerInfo struct {
 	UptimeSecs           uint64            `json:"uptime_secs"`
 	Isolation            string            `json:"isolation"` // which walls stand, in a sentence
 	Processes            []Process         `json:"processes"`
+	Reload               *ReloadInfo       `json:"reload,omitempty"`
 	Limits               map[string]uint64 `json:"limits"` // every named limit of the server
+}
+
+// ReloadInfo is what is known of reloads.
+type ReloadInfo struct {
+	Count      uint64 `json:"count"` // that reached a new image of the server
+	Running    bool   `json:"running"`
+	LastError  string `json:"last_error"` // of the last one; "" when it succeeded
+	FinishedAt int64  `json:"finished_at_unix_secs"`
 }
 
 // UpgradeLock is the durable upgrade lock.
@@ -162,6 +174,7 @@ type Instance struct {
 	InFlight      int                `json:"in_flight"`
 	Transport     string             `json:"transport"` // unix, tcp, or "" before it answered
 	Restarts      uint64             `json:"restarts"`  // of the app's slot this one fills
+	Limits        string             `json:"limits"`    // by what its limits are kept, and which are not; "" for none
 }
 
 // AppSummary is one row of list.

@@ -17,7 +17,7 @@ const ProtocolVersion = 1
 var Capabilities = []string{
 	"deploy_instances_idle_timeout", "on_demand_cold_start", "idle_scale_to_zero",
 	"upgrade_mode_control", "server_runtime_info", "release_history", "rollback",
-	"upload", "logs", "scale", "restart", "progress",
+	"upload", "logs", "scale", "restart", "progress", "reload",
 }
 
 // A command is one row of the table: all that this border knows of it.
@@ -73,6 +73,7 @@ func init() { // run functions refer to what refers to the table
 		{name: "scale", label: "scale", fields: []field{fApp, fInstances, fProgress}, run: runScale},
 		{name: "upload", label: "upload", body: true, fields: []field{fApp, fVersion}, run: runUpload},
 		{name: "logs", fields: []field{fApp, fLines, fFollow}, run: runLogs},
+		{name: "reload", run: runReload}, // also while upgrading: an upgrade is a reload
 	}
 	names := make([]string, len(commands))
 	for i, c := range commands {
@@ -127,6 +128,14 @@ func runServerInfo(ctx context.Context, k *call) (any, error) {
 	maps.Copy(limits, info.Limits)
 	info.Limits, info.Processes = limits, filled(info.Processes)
 	return info, nil
+}
+
+func runReload(ctx context.Context, k *call) (any, error) {
+	info, err := k.backend.Reload(ctx)
+	return struct {
+		Status string     `json:"status"`
+		Reload ReloadInfo `json:"reload"`
+	}{"reloading", info}, err
 }
 
 func runEnterUpgrading(ctx context.Context, k *call) (any, error) {

@@ -62,6 +62,10 @@ func (f *fake) call(name string) error {
 	return f.err
 }
 func (f *fake) Upgrading() bool { return f.upgrading.Load() }
+func (f *fake) Reload(context.Context) (ReloadInfo, error) {
+	return ReloadInfo{Count: 3}, f.call("reload")
+}
+
 func (f *fake) ServerInfo(context.Context) (ServerInfo, error) {
 	return f.info, f.call("server_info")
 }

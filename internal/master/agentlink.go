@@ -4,10 +4,15 @@ import (
 	"context"
 	"errors"
 	"os"
-	"syscall"
+	"strconv"
+	"strings"
+	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tako/internal/ipc"
+	"tako/internal/logging"
 	"tako/internal/rollout"
 	"tako/internal/supervise"
 	"tako/internal/tako"
@@ -19,11 +24,20 @@ var errNoAgent = tako.Errorf(tako.CodeBusy, "tako-agent is not running at the mo
 
 // runAgent runs one agent to its end.
 func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Time, err error) {
+	if l := s.adopted.takeAgent(); l != nil {
+		// It knows its instances already, and every proxy's dialling socket.
+		s.agentMu.Lock()
+		s.agent = l
+		s.agentMu.Unlock()
+		s.agentReady.Do(func() { close(s.agentUp) })
+		return s.serveAgent(ctx, l, func() {})
+	}
 	l, err := s.startLink(s.agentProgram, wire.LinkAgent, generation, s.agentIdentity())
 	if err != nil {
 		return ready, err
 	}
-	settings := &wire.AgentSettings{PortMin: s.s.portMin, PortMax: s.s.portMax}
+	s.groups.place(l.child.PID)
+	settings := &wire.AgentSettings{PortMin: s.s.portMin, PortMax: s.s.portMax, Groups: s.groups.Groups}
 	if s.privileged {
 		settings.InstanceGroup = s.netGroup
 		settings.MinAppUID, settings.MaxAppUID = s.s.uidMin, s.s.uidMax
@@ -38,6 +52,19 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 		}
 	})
 	defer late.Stop()
+	var employing sync.WaitGroup
+	defer employing.Wait() // it sends, which ends with the link
+	return s.serveAgent(ctx, l, func() {
+		s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
+		employing.Go(func() { s.employ(l) })
+	})
+}
+
+// serveAgent hears an agent to its end, and settles what it leaves.
+func (s *server) serveAgent(ctx context.Context, l *link, onReady func()) (ready time.Time, err error) {
+	if l.ready.Load() {
+		ready = l.startedAt
+	}
 	go l.beat(ctx)
 	go func() {
 		select {
@@ -48,14 +75,7 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 	}()
 	l.receive(func() {
 		ready = time.Now()
-		s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
-		s.agentMu.Lock()
-		s.agent = l
-		close(s.agentCame)
-		s.agentCame = make(chan struct{})
-		s.agentMu.Unlock()
-		s.proxies.redial(s)
-		s.agentReady.Do(func() { close(s.agentUp) })
+		onReady()
 	}, s.fromAgent)
 	s.agentMu.Lock()
 	if s.agent == l {
@@ -147,23 +167,180 @@ func (s *server) agentCall(ctx context.Context, body any, files ...ipc.FD) (wire
 	return m, err
 }
 
-// orphaned ends the instances that an agent left behind when it died: nobody
-// probes them or reads what they say. Their apps start them again.
-func (s *server) orphaned() {
+// employ hands the instances that outlived the last agent to this one, makes it
+// the agent that is asked, and asks it what could not be asked meanwhile. It runs
+// beside the receiver of the link: who receives from a child must not wait for it
+// to receive.
+func (s *server) employ(l *link) {
+	for _, a := range s.allApps() {
+		for _, h := range a.handovers() {
+			err := l.conn.Send(0, h.adopt, h.files...)
+			for _, fd := range h.files {
+				fd.Close()
+			}
+			if err != nil {
+				l.kill(err) // the next one adopts them
+			}
+		}
+	}
+	s.agentMu.Lock()
+	s.agent = l
+	close(s.agentCame)
+	s.agentCame = make(chan struct{})
+	s.agentMu.Unlock()
+	// From here on it is told everything; before, it was told nothing else.
+	s.proxies.redial(s)
 	for _, a := range s.allApps() {
 		a.mu.Lock()
-		var lost []uint32
 		for n, p := range a.procs {
-			// The leader is not waited for by anybody while its pidfd says it runs,
-			// so its number is still its group's.
-			if p.pid > 1 && len(p.held) > 0 && supervise.Signal(int(p.held[0]), 0) == nil {
-				_ = supervise.SignalGroup(p.pid, syscall.SIGKILL)
+			switch {
+			case p.start != nil && !p.sent:
+				p.sent = s.agentSend(p.start) == nil
+			case len(p.held) > 0 && !p.stopBy.IsZero():
+				_ = s.agentSend(&wire.Stop{Instance: a.instance(n), GraceMS: int(max(time.Until(p.stopBy), 0).Milliseconds())})
 			}
-			lost = append(lost, n)
+		}
+		a.mu.Unlock()
+	}
+	s.agentReady.Do(func() { close(s.agentUp) })
+}
+
+// A handover is an instance with duplicates of its descriptors.
+type handover struct {
+	adopt *wire.Adopt
+	files []ipc.FD
+}
+
+// handovers returns the instances of an app that were started.
+func (a *app) handovers() []handover {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	via := make(map[uint32]string)
+	for _, in := range a.core.View(time.Now()).All {
+		via[in.N] = in.Via
+	}
+	var all []handover
+	for n, p := range a.procs {
+		if len(p.held) == 0 {
+			continue
+		}
+		h := handover{adopt: &wire.Adopt{
+			Start: *p.start, PID: p.pid, Via: wire.Transport(via[n]), AfterMS: time.Since(p.startedAt).Milliseconds(),
+		}}
+		for _, fd := range p.held {
+			dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 3)
+			if err != nil {
+				a.log.Error("instance cannot be handed over", logging.Instance, n, logging.Err, err)
+				break
+			}
+			h.files = append(h.files, ipc.FD(dup))
+		}
+		if len(h.files) < len(p.held) {
+			for _, fd := range h.files {
+				fd.Close()
+			}
+			continue
+		}
+		all = append(all, h)
+	}
+	return all
+}
+
+// orphaned settles what an agent left when it died. The instances that we have
+// descriptors of run on. Of one that was just being started nobody can know
+// whether it runs: it failed, and should it have come up it is ended.
+func (s *server) orphaned() {
+	keep := make(map[int]tako.InstanceID) // by the pid of the leader
+	for _, a := range s.allApps() {
+		var lost []uint32
+		a.mu.Lock()
+		for n, p := range a.procs {
+			switch {
+			case len(p.held) > 0:
+				keep[p.pid] = a.instance(n)
+			case p.sent:
+				lost = append(lost, n)
+			}
 		}
 		a.mu.Unlock()
 		for _, n := range lost {
-			a.ended(n, rollout.Exited{N: n, Reason: "tako-agent died"})
+			a.ended(n, rollout.StartFailed{N: n, Reason: "tako-agent died while it was starting"})
 		}
 	}
+	s.endOrphans(keep)
+}
+
+// OrphanWait bounds the ending of what a dead agent left behind.
+const OrphanWait = 3 * time.Second
+
+// endOrphans ends every process that a dead agent left to us but those of the
+// instances in keep. We are their parent now.
+func (s *server) endOrphans(keep map[int]tako.InstanceID) {
+	told := make(map[int]bool)
+	for end, pause := time.Now().Add(OrphanWait), time.Millisecond; time.Now().Before(end); pause = min(2*pause, 20*time.Millisecond) {
+		left := 0
+		for _, r := range supervise.Orphans() {
+			if s.kept(r, keep) {
+				continue
+			}
+			left++
+			if !told[r.PID] {
+				told[r.PID] = true
+				s.log.Warn("ending a process that a dead tako-agent left", logging.PID, r.PID)
+			}
+			supervise.KillIf(r, nil)
+		}
+		if left == 0 {
+			return
+		}
+		time.Sleep(pause) // its own children come to us as it ends
+	}
+	s.log.Error("a process that a dead tako-agent left does not end")
+}
+
+// kept reports whether an orphan belongs to one of these instances. With none to
+// keep nothing is kept.
+func (s *server) kept(r supervise.Relation, keep map[int]tako.InstanceID) bool {
+	for _, leader := range []int{r.PID, r.Session, r.Group} {
+		if _, ok := keep[leader]; ok {
+			return true
+		}
+	}
+	if len(keep) == 0 {
+		return false
+	}
+	is := func(name string) bool {
+		for _, id := range keep {
+			if id.String() == name {
+				return true
+			}
+		}
+		return false
+	}
+	proc := "/proc/" + strconv.Itoa(r.PID) + "/"
+	read := func(file string) string {
+		b, _ := os.ReadFile(proc + file) // it may have gone: then it is not killed either
+		return string(b)
+	}
+	ours := "/" + groupPrefix + strconv.Itoa(os.Getpid()) + "/"
+	for line := range strings.Lines(read("cgroup")) {
+		if _, name, ok := strings.Cut(strings.TrimSpace(line), ours); ok && name != agentGroup {
+			return is(name)
+		}
+	}
+	argv0, _, _ := strings.Cut(read("cmdline"), "\x00")
+	switch argv0 {
+	case string(wire.Agent), "tako-exec", "tako-tree", "tako-unpack", "tako-sweep":
+		return false // a stage that is not yet, or never, an app's
+	}
+	app, n := "", ""
+	for v := range strings.SplitSeq(read("environ"), "\x00") {
+		if value, ok := strings.CutPrefix(v, "TAKO_APP="); ok {
+			app = value
+		} else if value, ok := strings.CutPrefix(v, "TAKO_INSTANCE="); ok {
+			n = value
+		}
+	}
+	// Whose it is may not be known: then it does less harm to let it be.
+	return app == "" || is(app+"."+n)
 }

@@ -3,6 +3,7 @@ package master
 import (
 	"fmt"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -48,9 +49,15 @@ type process struct {
 	startedAt time.Time
 	// pidfd, stdout and stderr are duplicates of the agent's: with them an
 	// instance outlives its agent, and its pipes always have a reader.
-	held     []ipc.FD
-	requests uint64 // counted by proxies that are gone
-	restarts uint64 // how many of its process died before it
+	held []ipc.FD
+	// start is what the agent was asked, or is to be once there is one: then sent
+	// is false. The next agent needs it to adopt the instance.
+	start    *wire.Start
+	sent     bool
+	stopBy   time.Time // when it is to be gone; zero if nobody asked
+	limits   string    // by what its limits are kept
+	requests uint64    // counted by proxies that are gone
+	restarts uint64    // how many of its process died before it
 }
 
 // An app is one app of the server: the deciding core, and what carries its
@@ -85,7 +92,7 @@ func newApp(s *server, id tako.AppID) *app {
 		srv: s, id: id, layout: s.layout.App(id),
 		log:    s.log.With(logging.App, string(id)),
 		op:     make(chan struct{}, 1),
-		core:   rollout.New(func() float64 { return 2*rand.Float64() - 1 }),
+		core:   rollout.New(jitter),
 		builds: make(map[rollout.Build]*build),
 		procs:  make(map[uint32]*process),
 		deaths: make(map[string]uint64),
@@ -95,6 +102,9 @@ func newApp(s *server, id tako.AppID) *app {
 	a.timer.Stop()
 	return a
 }
+
+// jitter is the randomness of back-offs, in [-1, 1].
+func jitter() float64 { return 2*rand.Float64() - 1 }
 
 // tryOp takes the app's command lock, or reports that a command is under way.
 func (a *app) tryOp() bool {
@@ -175,7 +185,7 @@ func (a *app) startInstance(act rollout.StartInstance) {
 		argv = m.Processes[act.Process].Start
 	}
 	a.log.Info("starting instance", logging.Instance, act.N, logging.Release, string(b.release), "port", p.port)
-	err := a.srv.agentSend(&wire.Start{
+	p.start = &wire.Start{
 		Instance: a.instance(act.N),
 		Release:  b.release,
 		Command:  wire.Command{Dir: b.dir, Argv: argv, Env: a.environment(b, act.N, p), User: a.user()},
@@ -187,11 +197,26 @@ func (a *app) startInstance(act rollout.StartInstance) {
 		LogFiles: LogFiles,
 		// A little before we give it up, so that it can still say what is wrong.
 		ReadyMS: int((m.Timeouts.Ready * 19 / 20).Milliseconds()),
-	})
-	if err != nil {
-		n := act.N
-		go a.ended(n, rollout.StartFailed{N: n, Reason: err.Error()})
+		Limits: wire.Limits{
+			Memory: m.Limits.Memory, CPUMilli: int(math.Round(m.Limits.CPU * 1000)), PIDs: m.Limits.PIDs,
+		},
 	}
+	p.sent = a.srv.agentSend(p.start) == nil // else the next agent is asked
+}
+
+// stopInstance asks the agent to stop a process. Without one the next is asked.
+func (a *app) stopInstance(act rollout.StopInstance) {
+	p := a.procs[act.N]
+	if p == nil {
+		return // its end is on the way to the core
+	}
+	p.stopBy = time.Now().Add(act.Grace)
+	if p.start != nil && !p.sent {
+		p.sent = true // nobody is asked to start it any more
+		go a.ended(act.N, rollout.StartFailed{N: act.N, Reason: errNoAgent.Error()})
+		return
+	}
+	_ = a.srv.agentSend(&wire.Stop{Instance: a.instance(act.N), GraceMS: int(act.Grace.Milliseconds())})
 }
 
 // listens gives an instance of the web process a port and a socket path, and
@@ -435,7 +460,10 @@ func (a *app) from(m wire.Message) {
 	case *wire.Started:
 		a.mu.Lock()
 		if p := a.procs[b.Instance.N]; p != nil && p.held == nil {
-			p.pid, p.held = b.PID, m.Files
+			p.pid, p.held, p.limits = b.PID, m.Files, b.Limits
+			if b.Limits != "" {
+				a.log.Debug("limits of the instance", logging.Instance, b.Instance.N, "kept_by", b.Limits)
+			}
 			m.Files = nil
 		}
 		a.mu.Unlock()
@@ -468,10 +496,10 @@ func (a *app) exitReason(e *wire.Exited) string {
 
 func exitText(e wire.Exit) string {
 	switch {
-	case e.Forgotten:
-		return "exit status unknown"
 	case e.OutOfMem:
 		return "killed for lack of memory"
+	case e.Forgotten:
+		return "exit status unknown"
 	case e.Signal != "":
 		return "terminated by signal " + e.Signal
 	}

@@ -219,7 +219,7 @@ func (a *app) status() management.AppStatus {
 		requests, inFlight := a.srv.proxies.requestsOf(a.instance(in.N))
 		row := management.Instance{
 			ID: in.N, Process: in.Process, State: in.State, Port: p.port, UptimeSecs: uint64(now.Sub(in.StartedAt) / time.Second), // not negative
-			RequestsTotal: p.requests + requests, InFlight: inFlight, Transport: in.Via, Restarts: p.restarts,
+			RequestsTotal: p.requests + requests, InFlight: inFlight, Transport: in.Via, Limits: p.limits, Restarts: p.restarts,
 		}
 		if p.pid > 0 {
 			pid := p.pid
@@ -361,6 +361,7 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 		UptimeSecs:         uint64(time.Since(s.startedAt) / time.Second), // not negative
 		Isolation:          isolation(s.privileged),
 		Processes:          s.processes(),
+		Reload:             s.reload.info(),
 		Limits: map[string]uint64{
 			"routes_per_app": route.MaxPerApp, "instances_per_app": MaxInstances,
 			"release_bytes": MaxReleaseBytes, "release_files": MaxReleaseFiles,

@@ -300,6 +300,10 @@ func (l *link) beat(ctx context.Context) {
 		})
 }
 
+// AgentPause is the longest pause before the next agent if the last one served:
+// meanwhile instances on TCP cannot be connected to, and requests wait for that.
+const AgentPause = 500 * time.Millisecond
+
 // keep runs a child for ever: start it, serve it, and after its end start the
 // next, with the pauses of the policy. run returns once the child has ended, with
 // the time it
@@ -316,6 +320,9 @@ func (s *server) keep(ctx context.Context, role wire.Role, first uint64, run fun
 			how, served = supervise.Crashed, time.Since(ready)
 		}
 		pause := policy.Next(how, served)
+		if role == wire.Agent && how == supervise.Crashed {
+			pause = min(pause, AgentPause)
+		}
 		s.log.Error("child ended; starting it again", logging.Role, string(role), logging.Generation, generation, "in", pause.String(), logging.Err, err)
 		select {
 		case <-time.After(pause):

@@ -50,8 +50,9 @@ type Config struct {
 	LogLevel  string
 	LogFormat string
 
-	Check   bool
-	Version bool
+	Check     bool
+	Preflight string // for a reload: check against this copy of the database
+	Version   bool
 }
 
 // Usage is the text above the flags in --help.
@@ -104,11 +105,15 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.LogFormat, "log-format", "text", "text or json")
 	f.BoolVar(&c.Check, "check", false, "check flags and settings, then exit")
 	f.BoolVar(&c.Version, "version", false, "print the version, then exit")
+	f.StringVar(&c.Preflight, "preflight", "", "check what a reload would find, with this copy of the database")
+	if err := f.MarkHidden("preflight"); err != nil {
+		panic(err) // the flag stands one line above
+	}
 	return f
 }
 
 // notInFile are flags that make no sense in the settings file.
-var notInFile = []string{"config", "check", "version", "data-dir"}
+var notInFile = []string{"config", "check", "preflight", "version", "data-dir"}
 
 // MaxSettings bounds the settings file, in bytes.
 const MaxSettings = 1 << 20

@@ -29,43 +29,64 @@ type listener struct {
 	addr netip.AddrPort
 }
 
+// A wantedPort is a port that the settings name.
+type wantedPort struct {
+	name, flag string
+	at         netip.AddrPort
+}
+
+// wantedPorts lists the ports that the settings name, on every address.
+func wantedPorts(s settled) []wantedPort {
+	addrs := s.listen
+	if len(addrs) == 0 {
+		addrs = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+	}
+	var all []wantedPort
+	for _, addr := range addrs {
+		all = append(all,
+			wantedPort{wire.ListenerHTTP, "--port", netip.AddrPortFrom(addr, s.Port)},
+			wantedPort{wire.ListenerHTTPS, "--tls-port", netip.AddrPortFrom(addr, s.TLSPort)})
+	}
+	return all
+}
+
 // openListeners opens the ports on every address that the settings name.
 func openListeners(s settled) ([]listener, error) {
 	var all []listener
-	fail := func(err error) ([]listener, error) {
-		for _, l := range all {
-			l.fd.Close()
+	for _, w := range wantedPorts(s) {
+		if n := portOf(all, w.name); w.at.Port() == 0 && n != 0 {
+			w.at = netip.AddrPortFrom(w.at.Addr(), n) // port 0: the same number on all addresses
 		}
-		return nil, err
-	}
-	for _, port := range []struct {
-		name, flag string
-		number     uint16
-	}{{wire.ListenerHTTP, "--port", s.Port}, {wire.ListenerHTTPS, "--tls-port", s.TLSPort}} {
-		addrs := s.listen
-		if len(addrs) == 0 {
-			addrs = []netip.Addr{netip.IPv4Unspecified(), netip.IPv6Unspecified()}
+		l, err := openPort(s, w)
+		if err != nil {
+			for _, l := range all {
+				l.fd.Close()
+			}
+			return nil, err
 		}
-		number := port.number
-		for _, addr := range addrs {
-			at := netip.AddrPortFrom(addr, number)
-			fd, err := listenTCP(at)
-			if len(s.listen) == 0 && addr.Is6() && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
-				continue // a host without IPv6
-			}
-			if err != nil {
-				return fail(listenError(at, port.flag, err))
-			}
-			l := listener{name: port.name, fd: fd}
-			if l.addr, err = boundTo(fd); err != nil {
-				fd.Close()
-				return fail(err)
-			}
-			number = l.addr.Port() // port 0: the same number on all addresses
+		if l.fd != 0 {
 			all = append(all, l)
 		}
 	}
 	return all, nil
+}
+
+// openPort opens one port. On a host without IPv6, and no address asked for, that
+// half is left out: the listener is then zero.
+func openPort(s settled, w wantedPort) (listener, error) {
+	fd, err := listenTCP(w.at)
+	if len(s.listen) == 0 && w.at.Addr().Is6() && (errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EADDRNOTAVAIL)) {
+		return listener{}, nil
+	}
+	if err != nil {
+		return listener{}, listenError(w.at, w.flag, err)
+	}
+	l := listener{name: w.name, fd: fd}
+	if l.addr, err = boundTo(fd); err != nil {
+		fd.Close()
+		return listener{}, err
+	}
+	return l, nil
 }
 
 // inherited sorts the descriptors that systemd's socket units passed, by name:

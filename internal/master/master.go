@@ -24,6 +24,7 @@ import (
 
 	"tako/internal/atomicfile"
 	"tako/internal/cert"
+	"tako/internal/handoff"
 	"tako/internal/ipc"
 	"tako/internal/logging"
 	"tako/internal/management"
@@ -33,6 +34,7 @@ import (
 	"tako/internal/route"
 	"tako/internal/sandbox"
 	"tako/internal/store"
+	"tako/internal/supervise"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -41,6 +43,7 @@ import (
 const (
 	StopRequests = 30 * time.Second // for requests in flight
 	StopStreams  = 3 * time.Second  // for streams
+	StopCommands = 10 * time.Second // for commands, which are told to give up
 )
 
 // restoreParallel is how many apps are looked at on disk at one time when a
@@ -65,12 +68,23 @@ type server struct {
 	proxyID    *sandbox.Identity
 	agentID    *sandbox.Identity
 
+	groups       *groups // of control, for the agent
 	agentProgram program
 	proxyProgram program
 
-	builds    atomic.Uint64
-	upgrading atomic.Bool
-	stopping  chan struct{} // closed when the server begins to stop
+	selfPath  string   // of the installed tako-master
+	lock      *os.File // of the data root
+	mgmtOwn   bool     // the management socket's path is ours to take away
+	activated bool     // the listeners are systemd's
+	undo      []func() // what the end of Run does, last first
+
+	builds       atomic.Uint64
+	upgrading    atomic.Bool
+	stopping     chan struct{} // closed when the server begins to stop
+	restored     chan struct{} // closed when every app has been looked at
+	reload       reloading
+	reloadWanted chan struct{} // has room for one
+	adopted      adopted
 
 	agentMu    sync.Mutex
 	agent      *link         // nil while there is none
@@ -87,149 +101,238 @@ type server struct {
 }
 
 // Run runs a server until ctx ends, and stops it in order. c has been validated.
-// An error means that it could not start, or that something is left running.
-func Run(ctx context.Context, c Config, version string, log hclog.Logger) (err error) {
-	set, err := c.settle()
+// Each signal from hup is a wish to reload: this image then becomes the installed
+// one, and Run of that goes on. An error means that it could not start, or that
+// something is left running.
+func Run(ctx context.Context, c Config, version string, hup <-chan os.Signal, log hclog.Logger) (err error) {
+	var st *state
+	handed := &state{}
+	resumed, err := handoff.Load(handed)
 	if err != nil {
 		return err
 	}
+	if resumed {
+		st = handed
+		for _, fd := range st.fds() {
+			if err := handoff.Take(fd); err != nil {
+				return err
+			}
+		}
+	}
 	s := &server{
-		s: set, log: log, layout: set.layout, version: version, startedAt: time.Now(),
-		stopping: make(chan struct{}), agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
+		log: log, version: version, startedAt: time.Now(),
+		stopping: make(chan struct{}), restored: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
+		agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
 		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
 	}
-	var undo []func()
 	defer func() {
-		for _, f := range slices.Backward(undo) {
+		for _, f := range slices.Backward(s.undo) {
 			f()
 		}
 	}()
-
-	if err := s.identities(); err != nil {
-		return err
-	}
-	if err := makeTree(s.layout); err != nil {
-		return err
-	}
-	lock, err := lockRoot(s.layout.Lock())
+	mgmt, regs, err := s.open(ctx, c, st)
 	if err != nil {
-		return err
-	}
-	undo = append(undo, func() { _ = lock.Close() })
-	if s.agentProgram, err = openProgram(wire.Agent, set.LibexecDir); err != nil {
-		return err
-	}
-	undo = append(undo, s.agentProgram.fd.Close)
-	if s.proxyProgram, err = openProgram(wire.Proxy, set.LibexecDir); err != nil {
-		return err
-	}
-	undo = append(undo, s.proxyProgram.fd.Close)
-
-	mgmt, unlisten, err := s.openSockets()
-	if err != nil {
-		return err
-	}
-	undo = append(undo, unlisten)
-	if s.db, err = store.Open(ctx, store.Options{
-		Path: s.layout.Database(), BackupDir: s.layout.Backups(), ReservePath: s.layout.Reserve(),
-		Log: log.Named("store"), Version: version,
-	}); err != nil {
-		return err
-	}
-	undo = append(undo, func() {
-		if err := s.db.Close(); err != nil {
-			log.Error("close the database", logging.Err, err)
+		if st == nil {
+			return err
 		}
-	})
-	s.sweep()
-	if s.certs, err = cert.Open(s.layout.Certs(), time.Now, log.Named("cert")); err != nil {
-		return err
+		return s.goBack(st, err)
 	}
-	regs, err := s.recall(ctx)
-	if err != nil {
-		return err
-	}
-	log.Info("starting", logging.Version, version, "data", s.layout.Data, "socket", s.layout.Socket,
-		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
-	if !s.s.NoACME {
-		log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
-	}
-	return s.serve(ctx, mgmt, regs)
+	go func() {
+		for range hup {
+			s.wantReload()
+		}
+	}()
+	return s.serve(ctx, mgmt, regs, st)
 }
 
-// openSockets inherits or opens the ports and the management socket.
-func (s *server) openSockets() (mgmt *net.UnixListener, closeAll func(), err error) {
-	ports, inheritedMgmt, err := activated()
-	if err != nil {
+// goBack executes the program that handed over to us again, once: its children
+// and apps wait for somebody.
+func (s *server) goBack(st *state, why error) error {
+	if st.Back != "" {
+		return fmt.Errorf("neither the new program nor the old one can go on: %s; %w", st.Back, why)
+	}
+	s.log.Error("the new program cannot go on: back to the old one", logging.Err, why)
+	st.Back = why.Error()
+	if s.db != nil {
+		_ = s.db.Close()
+	}
+	fd, err := handoff.Save(st)
+	if err == nil {
+		err = handoff.Exec(st.Program, os.Args, fd, st.fds())
+	}
+	return errors.Join(why, err)
+}
+
+// open gets everything that a server needs before its children: from the image
+// before ours if there was one, else from scratch.
+func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixListener, regs []store.App, err error) {
+	if s.s, err = c.settle(); err != nil {
 		return nil, nil, err
 	}
+	s.layout = s.s.layout
+	if s.selfPath, err = os.Executable(); err != nil {
+		return nil, nil, fmt.Errorf("find the own program: %w", err)
+	}
+	if err := s.identities(); err != nil {
+		return nil, nil, err
+	}
+	if err := supervise.Subreaper(); err != nil {
+		return nil, nil, err
+	}
+	if err := makeTree(s.layout); err != nil {
+		return nil, nil, err
+	}
+	s.groups = s.makeGroups()
 	if gid, ok := groupID(s.s.SocketGroup); ok {
 		s.socketGID = gid
 	}
-	closePorts := func() {
-		for _, l := range s.listeners {
-			l.fd.Close()
-		}
+	if s.agentProgram, err = openProgram(wire.Agent, s.s.LibexecDir); err != nil {
+		return nil, nil, err
 	}
-	s.listeners = ports
-	if len(ports) == 0 {
-		if s.listeners, err = openListeners(s.s); err != nil {
+	s.undo = append(s.undo, s.agentProgram.fd.Close)
+	if s.proxyProgram, err = openProgram(wire.Proxy, s.s.LibexecDir); err != nil {
+		return nil, nil, err
+	}
+	s.undo = append(s.undo, s.proxyProgram.fd.Close)
+	if st != nil {
+		mgmt, err = s.inherit(st)
+	} else {
+		mgmt, err = s.openSockets()
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := s.openStore(ctx); err != nil {
+		return nil, nil, err
+	}
+	s.undo = append(s.undo, func() {
+		if err := s.db.Close(); err != nil {
+			s.log.Error("close the database", logging.Err, err)
+		}
+	})
+	s.sweep()
+	if s.certs, err = cert.Open(s.layout.Certs(), time.Now, s.log.Named("cert")); err != nil {
+		return nil, nil, err
+	}
+	if regs, err = s.recall(ctx); err != nil {
+		return nil, nil, err
+	}
+	if st != nil {
+		if err := s.takeOver(st); err != nil {
 			return nil, nil, err
+		}
+		s.log.Info("going on after a reload", logging.Version, s.version, "from", st.Version, "reloads", st.Reloads, "apps", len(regs))
+		return mgmt, regs, nil
+	}
+	s.log.Info("starting", logging.Version, s.version, "data", s.layout.Data, "socket", s.layout.Socket,
+		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
+	if !s.s.NoACME {
+		s.log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
+	}
+	return mgmt, regs, nil
+}
+
+func (s *server) openStore(ctx context.Context) (err error) {
+	s.db, err = store.Open(ctx, store.Options{
+		Path: s.layout.Database(), BackupDir: s.layout.Backups(), ReservePath: s.layout.Reserve(),
+		Log: s.log.Named("store"), Version: s.version,
+	})
+	return err
+}
+
+// openSockets takes the lock of the data root, and inherits from systemd or opens
+// the ports and the management socket.
+func (s *server) openSockets() (*net.UnixListener, error) {
+	var err error
+	if s.lock, err = lockRoot(s.layout.Lock()); err != nil {
+		return nil, err
+	}
+	s.undo = append(s.undo, func() { _ = s.lock.Close() })
+	ports, inheritedMgmt, err := activated()
+	if err != nil {
+		return nil, err
+	}
+	s.undo = append(s.undo, s.closePorts)
+	s.listeners, s.activated = ports, len(ports) > 0
+	if !s.activated {
+		if s.listeners, err = openListeners(s.s); err != nil {
+			return nil, err
 		}
 	}
 	if inheritedMgmt != 0 {
-		f := inheritedMgmt.File("mgmt")
-		defer f.Close()
-		l, err := net.FileListener(f)
-		if err != nil {
-			closePorts()
-			return nil, nil, fmt.Errorf("inherited management socket: %w", err)
-		}
-		ul, ok := l.(*net.UnixListener)
-		if !ok {
-			closePorts()
-			return nil, nil, fmt.Errorf("inherited management socket: it is a %T, not a Unix socket: mend the socket unit", l)
-		}
-		return ul, closePorts, nil
+		return unixListener(inheritedMgmt)
 	}
-	path := s.layout.PIDSocket(os.Getpid())
-	mgmt, err = management.Listen(path, s.layout.Socket, 0o660, s.socketGID)
+	mgmt, err := management.Listen(s.layout.PIDSocket(os.Getpid()), s.layout.Socket, 0o660, s.socketGID)
 	if err != nil {
-		closePorts()
-		return nil, nil, err
+		return nil, err
 	}
-	return mgmt, func() {
-		if err := errors.Join(mgmt.Close(), management.Unlisten(path, s.layout.Socket)); err != nil {
+	s.ownMgmt(mgmt)
+	return mgmt, nil
+}
+
+// ownMgmt notes that the management socket's path is ours to take away.
+func (s *server) ownMgmt(mgmt *net.UnixListener) {
+	s.mgmtOwn = true
+	s.undo = append(s.undo, func() {
+		if err := errors.Join(mgmt.Close(), management.Unlisten(s.layout.PIDSocket(os.Getpid()), s.layout.Socket)); err != nil {
 			s.log.Warn("management socket not taken away", logging.Err, err)
 		}
-		closePorts()
-	}, nil
+	})
+}
+
+func (s *server) closePorts() {
+	for _, l := range s.listeners {
+		l.fd.Close()
+	}
+}
+
+// unixListener makes a listener of a descriptor, which it owns.
+func unixListener(fd ipc.FD) (*net.UnixListener, error) {
+	f := fd.File("mgmt")
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return nil, fmt.Errorf("inherited management socket: %w", err)
+	}
+	ul, ok := l.(*net.UnixListener)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("inherited management socket: it is a %T, not a Unix socket: mend the socket unit", l), l.Close())
+	}
+	ul.SetUnlinkOnClose(false)
+	return ul, nil
 }
 
 // serve runs the children, the apps and the management socket until ctx ends.
-func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store.App) error {
+func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store.App, st *state) error {
 	// The children's own contexts: the proxies leave first, then the agent.
 	proxying, endProxies := context.WithCancel(context.WithoutCancel(ctx))
 	defer endProxies()
 	running, endAgent := context.WithCancel(context.WithoutCancel(ctx))
 	defer endAgent()
-	var agents, proxies, rest sync.WaitGroup
-	agents.Go(func() { s.keep(running, wire.Agent, 1, s.runAgent) })
-	proxies.Go(func() { s.keep(proxying, wire.Proxy, 1, s.runProxy) })
-
-	restored := make(chan struct{})
+	var agents, proxies, rest, commands sync.WaitGroup
+	firstAgent, firstProxy, err := s.adoptChildren(proxying, &proxies, st)
+	if err != nil {
+		return s.goBack(st, err)
+	}
+	reaping, endReaping := context.WithCancel(context.WithoutCancel(ctx))
+	defer endReaping()
+	go supervise.Reap(reaping) // after the children that we know are known to it
+	agents.Go(func() { s.keep(running, wire.Agent, firstAgent, s.runAgent) })
+	proxies.Go(func() { s.keep(proxying, wire.Proxy, firstProxy, s.runProxy) })
 	rest.Go(func() {
-		defer close(restored)
+		defer close(s.restored)
 		select {
 		case <-s.agentUp:
 		case <-time.After(ReadyTimeout): // they go on trying, each for itself
 		case <-ctx.Done():
 			return
 		}
+		if st != nil {
+			s.goOn(st)
+			return
+		}
 		s.restore(ctx, regs)
 	})
-	rest.Go(func() { s.db.BackupLoop(ctx) })
-	rest.Go(func() { s.renewals(ctx) })
 	rest.Go(func() {
 		select {
 		case <-s.proxyUp:
@@ -238,25 +341,15 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		case <-ctx.Done():
 		}
 	})
-	failed := make(chan error, 1)
-	var commands sync.WaitGroup
-	commands.Go(func() {
-		failed <- management.Serve(ctx, management.Config{
-			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
-			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, // an id
-		})
-	})
-
-	var err error
-	select {
-	case <-ctx.Done():
-	case err = <-failed:
-		err = fmt.Errorf("management socket: %w", err)
+	for again := true; again; {
+		again, err = s.session(ctx, mgmt, &commands)
 	}
 	s.log.Info("stopping")
 	s.notify(daemon.SdNotifyStopping)
 	close(s.stopping)
-	commands.Wait()
+	if !within(StopCommands, &commands) {
+		s.log.Warn("commands are cut off", "after", StopCommands.String())
+	}
 	// In order: the proxies finish what they accepted, then the instances end.
 	endProxies()
 	if !within(StopRequests+5*time.Second, &proxies) {
@@ -269,11 +362,64 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	endAgent()
 	agents.Wait() // bounded by ChildLeave
 	rest.Wait()
+	s.groups.remove()
 	for _, a := range s.allApps() {
 		a.timer.Stop()
 	}
 	s.log.Info("stopped")
 	return err
+}
+
+// session answers commands until ctx ends or the socket fails, or until a reload
+// was tried and failed: then again is true.
+func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *sync.WaitGroup) (again bool, err error) {
+	answering, quiet := context.WithCancel(ctx)
+	defer quiet()
+	served := make(chan error, 1)
+	commands.Go(func() {
+		served <- management.Serve(answering, management.Config{
+			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
+			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, // an id
+			// What outlasts ReloadWait refuses the reload, and is not cut by it.
+			Limits: management.Limits{DrainTimeout: UploadTime},
+		})
+	})
+	working, idle := context.WithCancel(ctx)
+	defer idle()
+	var background sync.WaitGroup
+	defer background.Wait()
+	defer idle()
+	background.Go(func() { s.db.BackupLoop(working) })
+	background.Go(func() { s.renewals(working) })
+	for {
+		select {
+		case <-ctx.Done():
+			return false, nil
+		case err := <-served:
+			return false, fmt.Errorf("management socket: %w", err)
+		case <-s.reloadWanted:
+		}
+		program, err := s.prepareReload(ctx)
+		if err != nil {
+			s.reloadEnded(err)
+			continue
+		}
+		quiet()
+		select {
+		case <-ctx.Done():
+			program.Close()
+			return false, nil
+		case <-served:
+			idle()
+			background.Wait()
+			err = s.handOver(program, mgmt) // comes back only if it failed
+		case <-time.After(ReloadWait):
+			err = fmt.Errorf("commands still run after %s: %s", ReloadWait, s.busyApps())
+		}
+		program.Close()
+		s.reloadEnded(err)
+		return true, nil
+	}
 }
 
 // within waits for a group at most so long.

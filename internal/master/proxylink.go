@@ -3,7 +3,9 @@ package master
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"tako/internal/cert"
@@ -19,6 +21,8 @@ type proxyLink struct {
 	*link
 	signer  *wire.Conn // the master's end of its signing socket
 	signing pauser     // of that socket's receiver
+	// draining: it was told to drain, which it may be only once.
+	draining atomic.Bool
 	// guarded by proxySet.mu
 	traffic map[tako.AppID]wire.AppTraffic
 	quiet   map[tako.InstanceID]int // draining upstreams without a request, and their streams
@@ -114,22 +118,11 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 		}
 	}()
 	go l.beat(ctx)
-	go func() {
-		select {
-		case <-ctx.Done():
-		case <-l.ended:
-			return
-		}
-		if l.ready.Load() {
-			l.setState("draining")
-			l.post(&wire.Drain{RequestsMS: int(StopRequests.Milliseconds()), StreamsMS: int(StopStreams.Milliseconds())})
-		} else {
-			l.kill(errNoServer)
-		}
-	}()
+	go s.drainAtEnd(ctx, l)
 	l.receive(func() {
 		ready = time.Now()
 		s.log.Info("tako-proxy is ready", "pid", l.child.PID, "generation", generation)
+		s.retireBefore(l)
 		s.proxyReady.Do(func() { close(s.proxyUp) })
 	}, func(m wire.Message) { s.fromProxy(l, m) })
 	s.proxies.remove(l)
@@ -140,7 +133,65 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 	}
 	<-l.child.Done()
 	s.proxyGone(l)
+	if ready.IsZero() {
+		s.waitForOld(ctx, l)
+	}
 	return ready, l.why
+}
+
+// drain asks a proxy to leave. It reports whether it had not been asked before.
+func (l *proxyLink) drain(requests, streams time.Duration) bool {
+	if !l.draining.CompareAndSwap(false, true) {
+		return false
+	}
+	l.setState("draining")
+	l.post(&wire.Drain{RequestsMS: int(requests.Milliseconds()), StreamsMS: int(streams.Milliseconds())})
+	return true
+}
+
+// drainAtEnd has the proxy leave when the server stops.
+func (s *server) drainAtEnd(ctx context.Context, l *proxyLink) {
+	select {
+	case <-ctx.Done():
+	case <-l.ended:
+		return
+	}
+	switch {
+	case !l.ready.Load() && !l.draining.Load():
+		l.kill(errNoServer)
+	case !l.drain(StopRequests, StopStreams):
+		time.AfterFunc(StopStreams, func() { l.end(errNoServer) }) // its own limits may be longer
+	}
+}
+
+// retireBefore has every proxy that is older than a ready one drain.
+func (s *server) retireBefore(l *proxyLink) {
+	for _, old := range s.proxies.all() {
+		if old.generation < l.generation && old.drain(DrainRequests, DrainStreams) {
+			old.log.Info("drains", "for", l.generation)
+		}
+	}
+	if s.reload.info().Running || s.reload.pending.Load() {
+		s.reload.pending.Store(false)
+		s.reloadEnded(nil)
+	}
+}
+
+// waitForOld is for a new proxy that never became ready: while an older one
+// serves, there is no hurry to try again. It waits for that one's end.
+func (s *server) waitForOld(ctx context.Context, l *proxyLink) {
+	for _, old := range s.proxies.all() {
+		if old.generation < l.generation && !old.draining.Load() {
+			s.reload.pending.Store(false)
+			s.reloadEnded(fmt.Errorf("the new proxy did not become ready (%w): the old one serves on", l.why))
+			s.proxyReady.Do(func() { close(s.proxyUp) })
+			select {
+			case <-old.ended:
+			case <-ctx.Done():
+			}
+			return
+		}
+	}
 }
 
 // configureProxy brings a new proxy to the point where it serves.

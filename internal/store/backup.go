@@ -135,3 +135,14 @@ func (d *DB) BackupLoop(ctx context.Context) {
 		}
 	}
 }
+
+// CopyTo writes a copy of the state as it is now to path, which must not exist:
+// for a check of what another program would make of it. Changes wait for it.
+func (d *DB) CopyTo(ctx context.Context, path string) error {
+	d.backups.Lock()
+	defer d.backups.Unlock()
+	if _, err := d.sql.ExecContext(ctx, `VACUUM INTO ?`, path); err != nil {
+		return d.explain("copy database to "+path, err)
+	}
+	return nil
+}

@@ -63,6 +63,9 @@ func Adopt(h Handed, channel *ipc.Channel, log hclog.Logger) (*Child, error) {
 		done: make(chan struct{}), relayed: make(chan struct{}), pidfd: int(h.PIDFD),
 		output: h.Output.File(h.Role + " output"),
 	}
+	own.Lock()
+	own.pids[h.PID] = true
+	own.Unlock()
 	c.watch(proc, log)
 	return c, nil
 }

@@ -1,0 +1,756 @@
+package master
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/hashicorp/go-hclog"
+	"golang.org/x/sys/unix"
+
+	"tako/internal/handoff"
+	"tako/internal/ipc"
+	"tako/internal/logging"
+	"tako/internal/management"
+	"tako/internal/release"
+	"tako/internal/rollout"
+	"tako/internal/store"
+	"tako/internal/supervise"
+	"tako/internal/tako"
+	"tako/internal/wire"
+)
+
+// Times of a reload.
+const (
+	// ReloadWait is how long a reload waits for running commands before it is
+	// refused, naming them.
+	ReloadWait = 120 * time.Second
+	// PreflightTime bounds the new program's check of what it will find.
+	PreflightTime = 30 * time.Second
+	// DrainRequests and DrainStreams are an old proxy's limits.
+	DrainRequests = 30 * time.Second
+	DrainStreams  = 60 * time.Second
+)
+
+// stateSchema is the version of state. An image reads its own and the one before.
+const stateSchema = 1
+
+// state is what one image of tako-master hands to the next, which has the same
+// PID and goes on with the same sockets, children and apps. It lives in a sealed
+// memfd only: it holds secrets.
+type state struct {
+	Schema    int       `json:"schema"`
+	Version   string    `json:"version"` // of the image that wrote it
+	StartedAt time.Time `json:"started_at"`
+	Reloads   uint64    `json:"reloads"` // done so far, this one included
+	// Program is the executable of the image that wrote it. An image that cannot
+	// go on executes it again, once, with Back saying why.
+	Program ipc.FD `json:"program"`
+	Back    string `json:"back"`
+
+	Lock      ipc.FD           `json:"lock"`
+	Mgmt      ipc.FD           `json:"mgmt"`
+	MgmtOwn   bool             `json:"mgmt_own"` // we made its path and take it away
+	Listeners []handedListener `json:"listeners"`
+	Activated bool             `json:"activated"` // the listeners are systemd's
+	Tickets   [][]byte         `json:"tickets"`
+	Builds    uint64           `json:"builds"`
+
+	Agent   *handedLink  `json:"agent"`
+	Proxies []handedLink `json:"proxies"` // the serving one last
+	Apps    []handedApp  `json:"apps"`
+}
+
+type handedListener struct {
+	Name string `json:"name"`
+	FD   ipc.FD `json:"fd"`
+}
+
+type handedLink struct {
+	Generation uint64           `json:"generation"`
+	Child      supervise.Handed `json:"child"`
+	Channel    ipc.FD           `json:"channel"`
+	Position   wire.Position    `json:"position"`
+	State      string           `json:"state"`
+	// Of a proxy: its signing socket, and what it said.
+	Signer         ipc.FD                         `json:"signer"`
+	SignerPosition wire.Position                  `json:"signer_position"`
+	Traffic        map[tako.AppID]wire.AppTraffic `json:"traffic"`
+	Quiet          map[tako.InstanceID]int        `json:"quiet"`
+}
+
+type handedApp struct {
+	ID        tako.AppID        `json:"id"`
+	Core      rollout.Snapshot  `json:"core"`
+	BasePort  uint16            `json:"base_port"`
+	UID       uint32            `json:"uid"`
+	Broken    string            `json:"broken"`
+	Revision  uint64            `json:"revision"`
+	LastError string            `json:"last_error"`
+	Deaths    map[string]uint64 `json:"deaths"`
+	Builds    []handedBuild     `json:"builds"`
+	Procs     []handedProcess   `json:"procs"`
+}
+
+type handedBuild struct {
+	Number   rollout.Build     `json:"number"`
+	Release  tako.ReleaseID    `json:"release"`
+	Dir      string            `json:"dir"`
+	Manifest *release.Manifest `json:"manifest"`
+	Argv     []string          `json:"argv"`
+	Secrets  map[string]string `json:"secrets"`
+	Routes   []string          `json:"routes"`
+}
+
+type handedProcess struct {
+	N         uint32        `json:"n"`
+	Build     rollout.Build `json:"build"`
+	Name      string        `json:"name"`
+	Port      uint16        `json:"port"`
+	Socket    string        `json:"socket"`
+	PID       int           `json:"pid"`
+	StartedAt time.Time     `json:"started_at"`
+	Held      []ipc.FD      `json:"held"`
+	Requests  uint64        `json:"requests"`
+	Restarts  uint64        `json:"restarts"`
+	Limits    string        `json:"limits"`
+	Start     *wire.Start   `json:"start"`
+	Sent      bool          `json:"sent"`
+	StopBy    time.Time     `json:"stop_by"`
+}
+
+// fds are the descriptors that must stay open over the exec.
+func (st *state) fds() []ipc.FD {
+	all := []ipc.FD{st.Program, st.Lock, st.Mgmt}
+	for _, l := range st.Listeners {
+		all = append(all, l.FD)
+	}
+	links := slices.Clone(st.Proxies)
+	if st.Agent != nil {
+		links = append(links, *st.Agent)
+	}
+	for _, l := range links {
+		all = append(all, l.Child.PIDFD, l.Child.Output, l.Channel)
+		if l.Signer != 0 {
+			all = append(all, l.Signer)
+		}
+	}
+	for _, a := range st.Apps {
+		for _, p := range a.Procs {
+			all = append(all, p.Held...)
+		}
+	}
+	return all
+}
+
+// reloading is what is known of reloads, for people.
+type reloading struct {
+	mu       sync.Mutex
+	pending  atomic.Bool // in a new image: the new proxy is not ready yet
+	done     uint64      // reloads that reached a new image
+	running  bool
+	lastErr  string
+	finished time.Time
+}
+
+func (r *reloading) begin() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.running = true
+}
+
+func (r *reloading) end(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.running, r.finished, r.lastErr = false, time.Now(), ""
+	if err != nil {
+		r.lastErr = err.Error()
+	}
+}
+
+func (r *reloading) info() *management.ReloadInfo {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	info := &management.ReloadInfo{Count: r.done, Running: r.running, LastError: r.lastErr}
+	if !r.finished.IsZero() {
+		info.FinishedAt = r.finished.Unix()
+	}
+	return info
+}
+
+// Reload implements management.Backend: it asks for a reload, which begins once
+// the running commands have ended, this one too.
+func (s *server) Reload(context.Context) (management.ReloadInfo, error) {
+	info := *s.reload.info()
+	s.wantReload()
+	return info, nil
+}
+
+// wantReload asks for a reload. Several wishes are one.
+func (s *server) wantReload() {
+	select {
+	case s.reloadWanted <- struct{}{}:
+	default:
+	}
+}
+
+// preflight has the installed program check what it would find: flags and
+// settings, the programs beside it, and the database, by a copy. It returns the
+// program, open.
+func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
+	fd, err := unix.Open(s.selfPath, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("open %s: %w: install tako-master there", s.selfPath, err)
+	}
+	defer func() {
+		if err != nil {
+			ipc.FD(fd).Close()
+		}
+	}()
+	ctx, cancel := context.WithTimeout(ctx, PreflightTime)
+	defer cancel()
+	dir, err := os.MkdirTemp(s.layout.Data, ".preflight-")
+	if err != nil {
+		return 0, err
+	}
+	defer os.RemoveAll(dir)
+	db := filepath.Join(dir, filepath.Base(s.layout.Database()))
+	if err := s.db.CopyTo(ctx, db); err != nil {
+		return 0, fmt.Errorf("copy the database: %w", err)
+	}
+	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd), append(slices.Clone(os.Args[1:]), "--preflight="+db)...)
+	cmd.Args[0] = "tako-master"
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		why := strings.TrimSpace(errs.String())
+		if why == "" {
+			why = strings.TrimSpace(out.String())
+		}
+		return 0, fmt.Errorf("the installed %s would not work: %w: %s", s.selfPath, err, firstLines(why, 5))
+	}
+	var said preflightReply
+	if err := json.Unmarshal(out.Bytes(), &said); err != nil {
+		return 0, fmt.Errorf("the installed %s is no tako-master that can be reloaded into", s.selfPath)
+	}
+	if said.Protocol != wire.ProtocolVersion || said.Schema < stateSchema || said.Schema > stateSchema+1 {
+		return 0, fmt.Errorf("the installed version %s speaks another protocol (%d, state %d): restart the server to change to it", said.Version, said.Protocol, said.Schema)
+	}
+	return ipc.FD(fd), nil
+}
+
+func firstLines(s string, n int) string {
+	lines := strings.SplitN(s, "\n", n+1)
+	return strings.Join(lines[:min(len(lines), n)], "\n")
+}
+
+// preflightReply is what --preflight prints.
+type preflightReply struct {
+	Version  string `json:"version"`
+	Protocol int    `json:"protocol"`
+	Schema   int    `json:"schema"`
+}
+
+// Preflight is the new program's side of the check before a reload: db is a copy
+// of the database, in a folder of its own.
+func Preflight(ctx context.Context, c Config, version, db string) (reply string, err error) {
+	set, err := c.settle()
+	if err != nil {
+		return "", err
+	}
+	for _, role := range []wire.Role{wire.Agent, wire.Proxy} {
+		p, err := openProgram(role, set.LibexecDir)
+		if err != nil {
+			return "", err
+		}
+		err = checkProgram(ctx, p)
+		p.fd.Close()
+		if err != nil {
+			return "", err
+		}
+	}
+	d, err := store.Open(ctx, store.Options{
+		Path: db, BackupDir: filepath.Join(filepath.Dir(db), "backups"), ReservePath: filepath.Join(filepath.Dir(db), "reserve"),
+		Log: hclog.NewNullLogger(), Version: version,
+	})
+	if err != nil {
+		return "", err
+	}
+	if err := d.Close(); err != nil {
+		return "", err
+	}
+	b, err := json.Marshal(preflightReply{Version: version, Protocol: wire.ProtocolVersion, Schema: stateSchema})
+	return string(b), err
+}
+
+// checkProgram has a program say its version: a torn file does not.
+func checkProgram(ctx context.Context, p program) error {
+	cmd := exec.CommandContext(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), p.fd), "--version")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s does not run: %w: %s", p.path, err, firstLines(strings.TrimSpace(string(out)), 3))
+	}
+	return nil
+}
+
+// handOver becomes the program: this image's last act. It returns only if that
+// fails, with everything going on as before.
+func (s *server) handOver(program ipc.FD, mgmt *net.UnixListener) error {
+	st := &state{
+		Schema: stateSchema, Version: s.version, StartedAt: s.startedAt, Reloads: s.reload.info().Count + 1,
+		MgmtOwn: s.mgmtOwn, Activated: s.activated, Builds: s.builds.Load(), Tickets: s.tickets.current(),
+	}
+	var undo []func()
+	defer func() {
+		for _, f := range slices.Backward(undo) {
+			f()
+		}
+	}()
+	dup := func(get func() (ipc.FD, error)) (ipc.FD, error) {
+		fd, err := get()
+		if err == nil {
+			undo = append(undo, fd.Close)
+		}
+		return fd, err
+	}
+	var err error
+	if st.Program, err = dup(openSelf); err != nil {
+		return err
+	}
+	if st.Lock, err = dup(func() (ipc.FD, error) { return dupOf(s.lock) }); err != nil {
+		return err
+	}
+	if st.Mgmt, err = dup(func() (ipc.FD, error) { return dupOf(mgmt) }); err != nil {
+		return err
+	}
+	for _, l := range s.listeners {
+		st.Listeners = append(st.Listeners, handedListener{Name: l.name, FD: l.fd})
+	}
+
+	// Children: nothing is heard any more, everything said has been sent.
+	s.agentMu.Lock()
+	agent := s.agent
+	s.agentMu.Unlock()
+	links := s.proxies.all()
+	if agent != nil && agent.pause(agent.conn, agent.ended) {
+		undo = append(undo, func() { agent.resume(agent.conn, agent.ended) })
+	}
+	for _, l := range links {
+		if l.pause(l.conn, l.ended) {
+			undo = append(undo, func() { l.resume(l.conn, l.ended) })
+		}
+	}
+	for _, l := range links {
+		if l.signer != nil && l.signing.pause(l.signer, l.ended) {
+			undo = append(undo, func() { l.signing.resume(l.signer, l.ended) })
+		}
+	}
+	// Apps: nothing is decided any more.
+	for _, a := range s.allApps() {
+		a.mu.Lock()
+		undo = append(undo, a.mu.Unlock)
+		h, err := a.handed()
+		if err != nil {
+			return fmt.Errorf("app %s: %w", a.id, err)
+		}
+		st.Apps = append(st.Apps, h)
+	}
+	hand := func(l *link) (handedLink, error) {
+		if !l.flush(ipc.SendTimeout) {
+			return handedLink{}, fmt.Errorf("%s does not take its messages", l.role)
+		}
+		h := handedLink{Generation: l.generation, State: *l.state.Load()}
+		if h.Child, err = l.child.HandOver(); err != nil {
+			return h, err
+		}
+		undo = append(undo, h.Child.PIDFD.Close, h.Child.Output.Close)
+		h.Channel, h.Position, err = l.conn.HandOver()
+		if err == nil {
+			undo = append(undo, h.Channel.Close)
+		}
+		return h, err
+	}
+	if agent != nil {
+		h, err := hand(agent)
+		if err != nil {
+			return err
+		}
+		st.Agent = &h
+	}
+	for _, l := range links {
+		h, err := hand(l.link)
+		if err != nil {
+			return err
+		}
+		if l.signer != nil {
+			if h.Signer, h.SignerPosition, err = l.signer.HandOver(); err != nil {
+				return err
+			}
+			undo = append(undo, h.Signer.Close)
+		}
+		h.Traffic, h.Quiet = l.traffic, l.quiet
+		st.Proxies = append(st.Proxies, h)
+	}
+	if err := s.db.Close(); err != nil {
+		return err
+	}
+	fd, err := handoff.Save(st)
+	if err == nil {
+		err = handoff.Exec(program, os.Args, fd, st.fds())
+		fd.Close()
+	}
+	return errors.Join(err, s.openStore(context.Background()))
+}
+
+// handed is one app for the next image. Called with mu held.
+func (a *app) handed() (handedApp, error) {
+	core, err := a.core.Snapshot()
+	if err != nil {
+		return handedApp{}, err
+	}
+	h := handedApp{
+		ID: a.id, Core: core, BasePort: a.reg.BasePort, UID: a.reg.UID, Broken: a.broken,
+		Revision: a.revision, LastError: a.lastError, Deaths: a.deaths,
+	}
+	for _, b := range a.builds {
+		h.Builds = append(h.Builds, handedBuild{
+			Number: b.number, Release: b.release, Dir: b.dir, Manifest: b.manifest, Argv: b.argv, Secrets: b.secrets, Routes: b.routes,
+		})
+	}
+	for n, p := range a.procs {
+		h.Procs = append(h.Procs, handedProcess{
+			N: n, Build: p.build.number, Name: p.name, Port: p.port, Socket: p.socket, PID: p.pid,
+			StartedAt: p.startedAt, Held: p.held, Requests: p.requests, Restarts: p.restarts,
+			Limits: p.limits, Start: p.start, Sent: p.sent, StopBy: p.stopBy,
+		})
+	}
+	return h, nil
+}
+
+// takeOver makes the apps of the image before ours. Their registrations have been
+// read from the database.
+func (s *server) takeOver(st *state) error {
+	s.builds.Store(st.Builds)
+	s.tickets.keys = st.Tickets
+	s.reload.done = st.Reloads
+	s.reload.pending.Store(true)
+	s.reload.begin()
+	for _, h := range st.Apps {
+		a := s.app(h.ID)
+		core, err := rollout.Resume(h.Core, jitter)
+		if err != nil {
+			return fmt.Errorf("app %s: %w", h.ID, err)
+		}
+		a.mu.Lock()
+		a.core, a.broken, a.revision, a.lastError = core, h.Broken, h.Revision, h.LastError
+		if h.Deaths != nil {
+			a.deaths = h.Deaths
+		}
+		a.reg.BasePort, a.reg.UID = h.BasePort, h.UID
+		for _, b := range h.Builds {
+			a.builds[b.Number] = &build{
+				number: b.Number, release: b.Release, dir: b.Dir, manifest: b.Manifest, argv: b.Argv, secrets: b.Secrets, routes: b.Routes,
+			}
+		}
+		for _, p := range h.Procs {
+			b := a.builds[p.Build]
+			if b == nil {
+				a.mu.Unlock()
+				return fmt.Errorf("app %s: instance %d is of no build", h.ID, p.N)
+			}
+			a.procs[p.N] = &process{
+				build: b, name: p.Name, port: p.Port, socket: p.Socket, pid: p.PID, startedAt: p.StartedAt,
+				held: p.Held, requests: p.Requests, restarts: p.Restarts,
+				limits: p.Limits, start: p.Start, sent: p.Sent, stopBy: p.StopBy,
+			}
+		}
+		a.mu.Unlock()
+	}
+	return nil
+}
+
+// adopt goes on with a child of the image before ours.
+func (s *server) adopt(h *handedLink, role wire.Role, kind wire.Link) (*link, error) {
+	ch, err := ipc.Open(h.Channel)
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: %w", role, err)
+	}
+	conn, err := wire.ResumeConn(ch, kind, wire.Master, h.Position)
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: %w", role, err)
+	}
+	child, err := supervise.Adopt(h.Child, ch, s.log)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	l := &link{
+		role: role, generation: h.Generation, child: child, conn: conn,
+		log:       s.log.With(logging.Role, string(role), logging.Generation, h.Generation),
+		startedAt: h.Child.Started, pongs: make(chan uint64, 4), ended: make(chan struct{}),
+		outWake: make(chan struct{}, 1), pauser: newPauser(),
+	}
+	l.calls = wire.NewCalls(conn)
+	l.setState(h.State)
+	l.ready.Store(h.State == "ready")
+	go l.deliver()
+	return l, nil
+}
+
+// openSelf opens the running program.
+func openSelf() (ipc.FD, error) {
+	fd, err := unix.Open("/proc/self/exe", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return 0, fmt.Errorf("open the running program: %w", err)
+	}
+	return ipc.FD(fd), nil
+}
+
+// dupOf duplicates the descriptor of a file or socket, without a change to its
+// mode.
+func dupOf(f syscall.Conn) (ipc.FD, error) {
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var fd int
+	ctl := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) })
+	return ipc.FD(fd), errors.Join(ctl, err)
+}
+
+// adopted are the children of the image before ours, until somebody goes on with
+// them.
+type adopted struct {
+	mu    sync.Mutex
+	agent *link
+}
+
+// takeAgent returns the adopted agent, once.
+func (a *adopted) takeAgent() *link {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	l := a.agent
+	a.agent = nil
+	return l
+}
+
+// adoptChildren goes on with the children in st, if any, and returns the next
+// generation of each role.
+func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st *state) (agent, proxy uint64, err error) {
+	if st == nil {
+		return 1, 1, nil
+	}
+	agent, proxy = 1, 1
+	if st.Agent != nil {
+		if s.adopted.agent, err = s.adopt(st.Agent, wire.Agent, wire.LinkAgent); err != nil {
+			return 0, 0, err
+		}
+		agent = st.Agent.Generation // the adopted one is this generation
+	}
+	for i := range st.Proxies {
+		h := &st.Proxies[i]
+		raw, err := s.adopt(h, wire.Proxy, wire.LinkProxy)
+		if err != nil {
+			return 0, 0, err
+		}
+		l := newProxyLink(raw)
+		if h.Traffic != nil {
+			l.traffic = h.Traffic
+		}
+		if h.Quiet != nil {
+			l.quiet = h.Quiet
+		}
+		l.draining.Store(h.State == "draining")
+		if h.Signer != 0 {
+			ch, err := ipc.Open(h.Signer)
+			if err != nil {
+				return 0, 0, err
+			}
+			if l.signer, err = wire.ResumeConn(ch, wire.LinkSigning, wire.Master, h.SignerPosition); err != nil {
+				return 0, 0, err
+			}
+			go s.serveSigner(l)
+		}
+		s.proxies.add(l)
+		proxies.Go(func() { s.goOnWithProxy(ctx, l) })
+		proxy = max(proxy, h.Generation+1)
+	}
+	return agent, proxy, nil
+}
+
+// goOnWithProxy serves a proxy of the image before ours to its end.
+func (s *server) goOnWithProxy(ctx context.Context, l *proxyLink) {
+	go l.beat(ctx)
+	go s.drainAtEnd(ctx, l)
+	l.receive(func() {}, func(m wire.Message) { s.fromProxy(l, m) })
+	s.proxies.remove(l)
+	l.lastWord()
+	<-l.child.Done()
+	s.proxyGone(l)
+	l.log.Info("old proxy has left")
+}
+
+// goOn wakes the apps of the image before ours.
+func (s *server) goOn(*state) {
+	for _, a := range s.allApps() {
+		a.step(rollout.Tick{})
+	}
+}
+
+// inherit takes the lock, the ports and the management socket of the image before
+// ours, and opens and closes ports where the settings changed.
+func (s *server) inherit(st *state) (*net.UnixListener, error) {
+	if st.Schema > stateSchema || st.Schema < stateSchema-1 {
+		return nil, fmt.Errorf("the state of version %s has schema %d, this version reads %d", st.Version, st.Schema, stateSchema)
+	}
+	s.startedAt = st.StartedAt
+	s.activated = st.Activated
+	s.lock = st.Lock.File("lock")
+	for _, h := range st.Listeners {
+		addr, err := boundTo(h.FD)
+		if err != nil {
+			return nil, err
+		}
+		s.listeners = append(s.listeners, listener{name: h.Name, fd: h.FD, addr: addr})
+	}
+	if !s.activated {
+		if err := s.changePorts(); err != nil {
+			return nil, err
+		}
+	}
+	// A duplicate, so that the state stays whole should we have to go back.
+	fd, err := unix.FcntlInt(uintptr(st.Mgmt), unix.F_DUPFD_CLOEXEC, 3)
+	if err != nil {
+		return nil, fmt.Errorf("inherited management socket: %w", err)
+	}
+	mgmt, err := unixListener(ipc.FD(fd))
+	if err != nil {
+		return nil, err
+	}
+	if st.MgmtOwn {
+		s.ownMgmt(mgmt)
+	}
+	return mgmt, nil
+}
+
+// changePorts opens the ports that the settings name and we do not hold. Those
+// that they no longer name are left to the old proxies, which close them as they
+// leave.
+func (s *server) changePorts() error {
+	var kept []listener
+	missing := wantedPorts(s.s)
+	for _, l := range s.listeners {
+		i := slices.IndexFunc(missing, func(w wantedPort) bool {
+			return w.name == l.name && w.at.Addr() == l.addr.Addr() && (w.at.Port() == 0 || w.at.Port() == l.addr.Port())
+		})
+		if i < 0 {
+			s.log.Info("port given up", logging.Addr, l.addr.String())
+			continue
+		}
+		missing = slices.Delete(missing, i, i+1)
+		kept = append(kept, l)
+	}
+	for _, w := range missing {
+		l, err := openPort(s.s, w)
+		if err != nil {
+			return err
+		}
+		if l.fd != 0 {
+			s.log.Info("port opened", logging.Addr, l.addr.String())
+			kept = append(kept, l)
+		}
+	}
+	s.listeners = kept
+	return nil
+}
+
+// prepareReload waits for what must come first, and checks that the installed
+// program would work.
+func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
+	s.reload.begin()
+	s.log.Info("reloading")
+	s.notify(reloadingState())
+	late := time.After(ReloadWait)
+	for _, wait := range []<-chan struct{}{s.restored, s.proxyUp} {
+		select {
+		case <-wait:
+		case <-late:
+			return 0, errors.New("the last start or reload has not come to its end")
+		case <-ctx.Done():
+			return 0, errNoServer
+		}
+	}
+	for s.proxies.oldOnes() >= MaxOldProxies { // they leave at their limits
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-late:
+			return 0, fmt.Errorf("%d old proxies still drain", MaxOldProxies)
+		case <-ctx.Done():
+			return 0, errNoServer
+		}
+	}
+	return s.preflight(ctx)
+}
+
+// MaxOldProxies is how many proxies may drain at one time; a further reload waits.
+const MaxOldProxies = 2
+
+// oldOnes counts the proxies that drain.
+func (p *proxySet) oldOnes() int {
+	n := 0
+	for _, l := range p.all() {
+		if l.draining.Load() {
+			n++
+		}
+	}
+	return n
+}
+
+// reloadEnded says how a reload came out.
+func (s *server) reloadEnded(err error) {
+	s.reload.end(err)
+	status := "serving"
+	if err != nil {
+		s.log.Error("reload failed; everything goes on as before", logging.Err, err)
+		status = "reload failed: " + firstLines(err.Error(), 1)
+	} else {
+		s.log.Info("reloaded", logging.Version, s.version)
+	}
+	s.notify(daemon.SdNotifyReady + "\nSTATUS=" + status)
+}
+
+// reloadingState is what systemd is told at the beginning of a reload.
+func reloadingState() string {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return daemon.SdNotifyReloading
+	}
+	return fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000)
+}
+
+// busyApps names the apps whose command is still running.
+func (s *server) busyApps() string {
+	var names []string
+	for _, a := range s.allApps() {
+		if a.tryOp() {
+			a.endOp()
+		} else {
+			names = append(names, string(a.id))
+		}
+	}
+	if len(names) == 0 {
+		return "none of an app"
+	}
+	return "of " + strings.Join(names, ", ")
+}
