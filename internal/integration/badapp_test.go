@@ -51,6 +51,12 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 			manifest[k] = v
 		}
 		lay(t, s, "new", "1", manifest, c.flags...)
+		lay(t, s, "good", "2", manifest, c.flags...)
+		second := make(chan error, 1)
+		go func() {
+			_, err := ask(s, "good", "2", fields{"routes": []string{"other.localhost"}, "secrets": fields{"NEW": "1"}})
+			second <- err
+		}()
 		_, err := ask(s, "new", "1", nil)
 		want := c.want
 		if strings.HasPrefix(want, ".*") {
@@ -67,8 +73,7 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 			t.Fatal(err)
 		}
 
-		lay(t, s, "good", "2", manifest, c.flags...)
-		_, err = ask(s, "good", "2", fields{"routes": []string{"other.localhost"}, "secrets": fields{"NEW": "1"}})
+		err = <-second
 		switch {
 		case err == nil:
 			t.Errorf("%s: it worked", c.name)

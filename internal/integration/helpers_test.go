@@ -213,3 +213,18 @@ func wantError(t *testing.T, s *takotest.Server, what string, err error, pattern
 
 // logged counts what the server logged.
 func logged(s *takotest.Server, text string) int { return strings.Count(s.Log(), text) }
+
+// toggle puts the file "broken" into an app's data folder, or takes it away.
+func toggle(t *testing.T, s *takotest.Server, app string, broken bool) {
+	t.Helper()
+	name := filepath.Join(s.Data, "apps", app, "data", "broken")
+	if broken {
+		if err := os.WriteFile(name, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+}
