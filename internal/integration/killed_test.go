@@ -16,7 +16,7 @@ import (
 // again and again under clients that ask as fast as they can on connections that
 // they keep.
 func TestAKilledInstanceCostsNoRequestThatMayBeRepeated(t *testing.T) {
-	const clients, kills = 32, 5
+	const clients, kills = 32, 3
 	s := launch(t)
 	if err := s.Start(); err != nil {
 		t.Fatal(err)
@@ -63,6 +63,11 @@ func TestAKilledInstanceCostsNoRequestThatMayBeRepeated(t *testing.T) {
 	}
 	stop := make(chan struct{})
 	var asking sync.WaitGroup
+	finish := sync.OnceFunc(func() {
+		close(stop)
+		asking.Wait()
+	})
+	defer finish()
 	for range clients {
 		asking.Go(func() {
 			for {
@@ -102,8 +107,7 @@ func TestAKilledInstanceCostsNoRequestThatMayBeRepeated(t *testing.T) {
 		time.Sleep(200 * time.Millisecond) // until nothing of it counts as now
 	}
 	two()
-	close(stop)
-	asking.Wait()
+	finish()
 	t.Logf("%d requests, %d kills, %d failures", requests, kills, len(failures))
 	for _, f := range failures[:min(len(failures), 10)] {
 		t.Error(f)
