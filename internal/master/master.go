@@ -183,6 +183,9 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		return nil, nil, err
 	}
 	s.groups = s.makeGroups()
+	if st == nil { // else the image before ours may have to go on with them
+		s.undo = append(s.undo, s.groups.remove)
+	}
 	if gid, ok := groupID(s.s.SocketGroup); ok {
 		s.socketGID = gid
 	}
@@ -362,6 +365,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	endAgent()
 	agents.Wait() // bounded by ChildLeave
 	rest.Wait()
+	s.endOrphans(nil) // an agent may have died over it
 	s.groups.remove()
 	for _, a := range s.allApps() {
 		a.timer.Stop()
