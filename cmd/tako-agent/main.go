@@ -33,6 +33,10 @@ func run() int {
 	}
 	show := flag.Bool("version", false, "print the version and exit")
 	level := flag.String("log-level", "info", "trace, debug, info, warn or error")
+	flag.Usage = func() {
+		fmt.Fprint(flag.CommandLine.Output(), "tako-agent starts and probes apps for tako. tako-master starts it, not you.\n\nFlags:\n")
+		flag.PrintDefaults()
+	}
 	flag.Parse()
 	if *show {
 		fmt.Println("tako-agent", version.String())

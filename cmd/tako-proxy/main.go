@@ -30,7 +30,11 @@ func run() int {
 		return wire.ExitFailed
 	}
 	showVersion := flag.Bool("version", false, "print the version and exit")
-	logLevel := flag.String("log-level", "info", "least important level that is logged")
+	logLevel := flag.String("log-level", "info", "trace, debug, info, warn or error")
+	flag.Usage = func() {
+		fmt.Fprintf(flag.CommandLine.Output(), "%s answers HTTP and HTTPS for tako. tako-master starts it, not you.\n\nFlags:\n", name)
+		flag.PrintDefaults()
+	}
 	flag.Parse()
 	if *showVersion {
 		fmt.Println(name, version.String())
