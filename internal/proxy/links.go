@@ -85,7 +85,7 @@ func (l *link) doAgain(ctx context.Context, body any) (wire.Message, error) {
 		}
 		changed := l.changed
 		l.mu.Unlock()
-		err := error(wire.ErrGone)
+		err := wire.ErrGone
 		if calls != nil {
 			var m wire.Message
 			m, err = calls.Do(ctx, body)

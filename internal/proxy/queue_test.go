@@ -62,7 +62,7 @@ func TestRequestsBeyondTheCapWaitInTurn(t *testing.T) {
 			t.Fatalf("%d and %d requests", one, two)
 		}
 		began := time.Now()
-		if i, err := a.acquire(t.Context(), nil); err != error(errInstanceQueueFull) || i != nil || time.Since(began) != QueueTime {
+		if i, err := a.acquire(t.Context(), nil); !errors.Is(err, errInstanceQueueFull) || i != nil || time.Since(began) != QueueTime {
 			t.Errorf("got %v, %v after %s", i, err, time.Since(began))
 		}
 		type served struct {
@@ -133,7 +133,7 @@ func TestQueueForInstancesIsBounded(t *testing.T) {
 			}()
 		}
 		synctest.Wait()
-		if _, err := a.acquire(t.Context(), nil); err != error(errInstanceQueueFull) || errInstanceQueueFull.status != 503 || errInstanceQueueFull.retryAfterS != 1 {
+		if _, err := a.acquire(t.Context(), nil); !errors.Is(err, errInstanceQueueFull) || errInstanceQueueFull.status != 503 || errInstanceQueueFull.retryAfterS != 1 {
 			t.Errorf("one too many got %v", err)
 		}
 		// One that ends lets one after the other through.
@@ -268,7 +268,7 @@ func TestInstanceThatFailsIsOutForAGrowingPause(t *testing.T) {
 			if !bad.out() {
 				t.Fatalf("ejection %d: back too early", n)
 			}
-			time.Sleep(1)
+			time.Sleep(time.Nanosecond)
 			if served() == 0 {
 				t.Fatalf("ejection %d: not back after %d s", n, pause)
 			}

@@ -137,9 +137,9 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	stop()
 	p.beside.Wait()
 	p.out.close()
-	_ = <-sent
+	sending := <-sent
 	_ = p.conn.Close()
-	_ = <-received
+	p.log.Debug("the channel to the master has ended", "sending", sending, "receiving", <-received)
 	p.signer.close()
 	p.dialer.close()
 	for _, a := range p.apps {

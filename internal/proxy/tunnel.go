@@ -55,7 +55,7 @@ func isWebSocket(h http.Header) bool {
 // tunnel passes bytes in both directions until both have ended, or ctx.
 func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *flight, resp *upstream.Response, id string) {
 	fl.becomeStream()
-	defer resp.Tunnel.Close() //nolint:errcheck // it returns none
+	defer resp.Tunnel.Close()
 	if !fl.detach() {
 		panic(http.ErrAbortHandler)
 	}
@@ -64,7 +64,7 @@ func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *f
 		h.log.Error("connection cannot be taken over", "app", fl.app.id, "error", err)
 		panic(http.ErrAbortHandler)
 	}
-	defer conn.Close() //nolint:errcheck // nothing is to be done about it
+	defer conn.Close()
 	t := &tunnel{client: conn, instance: resp.Tunnel}
 	if isWebSocket(resp.Header) {
 		t.frames = &frames{}

@@ -2,6 +2,7 @@ package balance
 
 import (
 	"math/rand/v2"
+	"slices"
 	"testing"
 )
 
@@ -60,14 +61,7 @@ func TestPickTakesTheLessBusyOfTwo(t *testing.T) {
 		{"two new ones", []*fake{young, {"y", 1, 900}}, nil, []int{1, 0}, young},
 		{"a new one is all there is", []*fake{a, young}, []*fake{a}, []int{0, 0}, young},
 	} {
-		takes := func(u *fake) bool {
-			for _, n := range test.not {
-				if n == u {
-					return false
-				}
-			}
-			return true
-		}
+		takes := func(u *fake) bool { return !slices.Contains(test.not, u) }
 		got, ok := Pick(test.from, takes, script(t, test.numbers...))
 		if got != test.want || ok != (test.want != nil) {
 			t.Errorf("%s: got %v, %v, want %v", test.name, got, ok, test.want)

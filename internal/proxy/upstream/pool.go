@@ -91,7 +91,7 @@ func (p *Pool) get(ctx context.Context, fresh, careful bool) (c *conn, reused bo
 		if !careful && idle < PeekAfter || alive(c.Conn) {
 			return c, true, nil
 		}
-		_ = c.Conn.Close()
+		_ = c.Close()
 		p.mu.Lock()
 		p.open--
 	}
@@ -129,7 +129,7 @@ func (p *Pool) put(c *conn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.retired {
-		_ = c.Conn.Close()
+		_ = c.Close()
 		p.open--
 		return
 	}
@@ -139,7 +139,7 @@ func (p *Pool) put(c *conn) {
 
 // drop closes a connection that is not to be used again.
 func (p *Pool) drop(c *conn) {
-	_ = c.Conn.Close()
+	_ = c.Close()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.open--
@@ -156,7 +156,7 @@ func (p *Pool) Sweep(now time.Time) {
 func (p *Pool) expireLocked(now time.Time) {
 	n := 0
 	for n < len(p.idle) && now.Sub(p.idle[n].since) >= IdleTime {
-		_ = p.idle[n].Conn.Close()
+		_ = p.idle[n].Close()
 		n++
 	}
 	if n == 0 {
@@ -173,7 +173,7 @@ func (p *Pool) Retire() {
 	defer p.mu.Unlock()
 	p.retired = true
 	for _, c := range p.idle {
-		_ = c.Conn.Close()
+		_ = c.Close()
 	}
 	p.open -= len(p.idle)
 	p.idle = nil
