@@ -6,7 +6,8 @@
 // Each phase is a name and the arguments of go test. A phase that fails does not
 // stop the next. A test that skips must stand in FILE, one "package TestName" or
 // "package" a line ('#' begins a comment); with -strict any other skip fails the
-// run. The exit status is 0 only if everything passed.
+// run. A line "unprivileged WORD" is for users other than root: they may skip what
+// gives WORD in its reason. The exit status is 0 only if everything passed.
 package main
 
 import (
@@ -38,6 +39,12 @@ type tally struct {
 	passed, failed, skipped int
 	unexpected              []string // skips that are not in the list
 	blamed                  string   // the package that a failed test was in last
+}
+
+// allowance is what may skip.
+type allowance struct {
+	tests map[string]bool // "package TestName", "package"
+	words []string        // of reasons
 }
 
 func main() {
@@ -103,8 +110,8 @@ func split(args []string) [][]string {
 	return phases
 }
 
-func readSkips(name string) (map[string]bool, error) {
-	allowed := make(map[string]bool)
+func readSkips(name string) (allowance, error) {
+	allowed := allowance{tests: make(map[string]bool)}
 	if name == "" {
 		return allowed, nil
 	}
@@ -114,8 +121,13 @@ func readSkips(name string) (map[string]bool, error) {
 	}
 	for line := range strings.Lines(string(text)) {
 		line, _, _ = strings.Cut(line, "#")
-		if line = strings.Join(strings.Fields(line), " "); line != "" {
-			allowed[line] = true
+		line = strings.Join(strings.Fields(line), " ")
+		if word, ok := strings.CutPrefix(line, "unprivileged "); ok {
+			if os.Geteuid() != 0 {
+				allowed.words = append(allowed.words, word)
+			}
+		} else if line != "" {
+			allowed.tests[line] = true
 		}
 	}
 	return allowed, nil
@@ -123,7 +135,7 @@ func readSkips(name string) (map[string]bool, error) {
 
 // run runs one phase and prints what a person wants to see of it: a line per
 // package, and the whole output of whatever failed.
-func run(args []string, allowed map[string]bool) (tally, error) {
+func run(args []string, allowed allowance) (tally, error) {
 	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
 	cmd.Stderr = os.Stderr
 	out, err := cmd.StdoutPipe()
@@ -140,7 +152,7 @@ func run(args []string, allowed map[string]bool) (tally, error) {
 	return t, readErr
 }
 
-func read(r io.Reader, allowed map[string]bool) (tally, error) {
+func read(r io.Reader, allowed allowance) (tally, error) {
 	var t tally
 	output := make(map[string][]string) // of each package and test until it ends
 	lines := bufio.NewScanner(r)
@@ -169,7 +181,7 @@ func read(r io.Reader, allowed map[string]bool) (tally, error) {
 }
 
 // end counts what ended and shows it if it is a package or failed.
-func end(t *tally, e event, output []string, allowed map[string]bool) {
+func end(t *tally, e event, output []string, allowed allowance) {
 	if e.Test == "" {
 		switch e.Action {
 		case "pass":
@@ -193,10 +205,15 @@ func end(t *tally, e event, output []string, allowed map[string]bool) {
 	case "skip":
 		t.skipped++
 		root, _, _ := strings.Cut(e.Test, "/")
-		if !allowed[e.Package] && !allowed[e.Package+" "+root] && !allowed[e.Package+" "+e.Test] {
+		if !allowed.tests[e.Package] && !allowed.tests[e.Package+" "+root] && !allowed.tests[e.Package+" "+e.Test] && !allowed.because(reason(output)) {
 			t.unexpected = append(t.unexpected, e.Package+" "+e.Test+": "+reason(output))
 		}
 	}
+}
+
+// because reports whether a test may skip for this reason.
+func (a allowance) because(reason string) bool {
+	return slices.ContainsFunc(a.words, func(word string) bool { return strings.Contains(reason, word) })
 }
 
 // reason is what a skipped test said: its last line that is not go test's own.
