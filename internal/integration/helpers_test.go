@@ -228,3 +228,22 @@ func toggle(t *testing.T, s *takotest.Server, app string, broken bool) {
 		t.Fatal(err)
 	}
 }
+
+// getWith asks for url once.
+func getWith(ctx context.Context, client *http.Client, url string) (takotest.Answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return takotest.Answer{}, err
+	}
+	return takotest.Do(client, req)
+}
+
+// size is how many bytes a file has.
+func size(t *testing.T, name string) int64 {
+	t.Helper()
+	fi, err := os.Stat(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fi.Size()
+}

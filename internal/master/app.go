@@ -75,8 +75,10 @@ type app struct {
 
 	mu        sync.Mutex
 	core      *rollout.App
-	reg       store.App // as committed; reg.ID is "" before the first commit
-	broken    string    // why it could not even be restored
+	reg       store.App     // as committed; reg.ID is "" before the first commit
+	broken    string        // why it could not even be restored
+	restoring chan struct{} // from a start until it is restored, then closed and nil
+	plainHTTP bool          // while restoring
 	builds    map[rollout.Build]*build
 	procs     map[uint32]*process
 	revision  uint64
@@ -106,8 +108,18 @@ func newApp(s *server, id tako.AppID) *app {
 // jitter is the randomness of back-offs, in [-1, 1].
 func jitter() float64 { return 2*rand.Float64() - 1 }
 
-// tryOp takes the app's command lock, or reports that a command is under way.
+// tryOp takes the app's command lock, or reports that a command is under way. It
+// waits for an app that is just being restored: no command comes before that.
 func (a *app) tryOp() bool {
+	a.mu.Lock()
+	restored := a.restoring
+	a.mu.Unlock()
+	if restored != nil {
+		select {
+		case <-restored:
+		case <-a.srv.stopping:
+		}
+	}
 	select {
 	case a.op <- struct{}{}:
 		return true
@@ -388,6 +400,12 @@ func (a *app) message() *wire.App {
 	}
 	if a.broken != "" {
 		msg.Trouble = wire.Trouble{Kind: wire.TroubleStopped}
+	}
+	if a.restoring != nil {
+		msg.PlainHTTP = a.plainHTTP
+		if !a.reg.Stopped {
+			msg.OnDemand, msg.Trouble = true, wire.Trouble{} // requests wait for it
+		}
 	}
 	if b := a.builds[v.Build]; b != nil {
 		msg.PlainHTTP = !b.manifest.HTTPSRedirect

@@ -227,6 +227,7 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		s.log.Info("going on after a reload", logging.Version, s.version, "from", st.Version, "reloads", st.Reloads, "apps", len(regs))
 		return mgmt, regs, nil
 	}
+	s.expect(regs)
 	s.log.Info("starting", logging.Version, s.version, "data", s.layout.Data, "socket", s.layout.Socket,
 		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
 	if !s.s.NoACME {
@@ -514,12 +515,11 @@ func (s *server) restore(ctx context.Context, regs []store.App) {
 		room <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-room }()
+			a := s.app(reg.ID)
+			defer a.restored()
 			if ctx.Err() != nil {
 				return
 			}
-			a := s.app(reg.ID)
-			a.op <- struct{}{} // no command before it is back
-			defer a.endOp()
 			if err := a.restore(ctx, reg); err != nil {
 				a.log.Error("app not restored: its routes answer 503", logging.Err, err)
 				a.mu.Lock()
@@ -530,6 +530,26 @@ func (s *server) restore(ctx context.Context, regs []store.App) {
 		})
 	}
 	wg.Wait()
+}
+
+// expect has requests and commands wait for apps until they are restored.
+func (s *server) expect(regs []store.App) {
+	for _, reg := range regs {
+		a := s.app(reg.ID)
+		m, err := release.Load(reg.Path)
+		a.mu.Lock()
+		a.restoring = make(chan struct{})
+		a.plainHTTP = err == nil && !m.HTTPSRedirect // an error is said by restore
+		a.mu.Unlock()
+	}
+}
+
+// restored ends the wait that expect began.
+func (a *app) restored() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	close(a.restoring)
+	a.restoring = nil
 }
 
 // restore starts one app as it was committed.
