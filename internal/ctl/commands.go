@@ -316,7 +316,7 @@ func (r *run) serverCommand() *cobra.Command {
 		func(ctx context.Context, s *conn, _ []string) error {
 			return ask(ctx, r, s, management.Request{Command: "server_info"}, r.showServer)
 		})
-	return group("server", "Look at the server", info)
+	return group("server", "Look at the server, and reload it", info, r.reloadCommand())
 }
 
 func (r *run) showServer(i management.ServerInfo) {

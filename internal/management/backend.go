@@ -115,7 +115,8 @@ type ServerInfo struct {
 
 // ReloadInfo is what is known of reloads.
 type ReloadInfo struct {
-	Count      uint64 `json:"count"` // that reached a new image of the server
+	Count      uint64 `json:"count"`  // that reached a new image of the server
+	Failed     uint64 `json:"failed"` // that did not come to their end
 	Running    bool   `json:"running"`
 	LastError  string `json:"last_error"` // of the last one; "" when it succeeded
 	FinishedAt int64  `json:"finished_at_unix_secs"`

@@ -103,6 +103,7 @@ func newProxyLink(l *link) *proxyLink {
 func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Time, err error) {
 	raw, err := s.startLink(s.proxyProgram, wire.LinkProxy, generation, s.proxyIdentity())
 	if err != nil {
+		s.waitForOld(ctx, generation, err)
 		return ready, err
 	}
 	l := newProxyLink(raw)
@@ -134,7 +135,7 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 	<-l.child.Done()
 	s.proxyGone(l)
 	if ready.IsZero() {
-		s.waitForOld(ctx, l)
+		s.waitForOld(ctx, generation, l.why)
 	}
 	return ready, l.why
 }
@@ -179,11 +180,11 @@ func (s *server) retireBefore(l *proxyLink) {
 
 // waitForOld is for a new proxy that never became ready: while an older one
 // serves, there is no hurry to try again. It waits for that one's end.
-func (s *server) waitForOld(ctx context.Context, l *proxyLink) {
+func (s *server) waitForOld(ctx context.Context, generation uint64, why error) {
 	for _, old := range s.proxies.all() {
-		if old.generation < l.generation && !old.draining.Load() {
+		if old.generation < generation && !old.draining.Load() {
 			s.reload.pending.Store(false)
-			s.reloadEnded(fmt.Errorf("the new proxy did not become ready (%w): the old one serves on", l.why))
+			s.reloadEnded(fmt.Errorf("the new proxy did not become ready (%w): the old one serves on", why))
 			s.proxyReady.Do(func() { close(s.proxyUp) })
 			select {
 			case <-old.ended:

@@ -56,6 +56,7 @@ type state struct {
 	Version   string    `json:"version"` // of the image that wrote it
 	StartedAt time.Time `json:"started_at"`
 	Reloads   uint64    `json:"reloads"` // done so far, this one included
+	Failed    uint64    `json:"failed"`
 	// Program is the executable of the image that wrote it. An image that cannot
 	// go on executes it again, once, with Back saying why.
 	Program ipc.FD `json:"program"`
@@ -161,6 +162,7 @@ type reloading struct {
 	mu       sync.Mutex
 	pending  atomic.Bool // in a new image: the new proxy is not ready yet
 	done     uint64      // reloads that reached a new image
+	failed   uint64
 	running  bool
 	lastErr  string
 	finished time.Time
@@ -178,13 +180,14 @@ func (r *reloading) end(err error) {
 	r.running, r.finished, r.lastErr = false, time.Now(), ""
 	if err != nil {
 		r.lastErr = err.Error()
+		r.failed++
 	}
 }
 
 func (r *reloading) info() *management.ReloadInfo {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	info := &management.ReloadInfo{Count: r.done, Running: r.running, LastError: r.lastErr}
+	info := &management.ReloadInfo{Count: r.done, Failed: r.failed, Running: r.running, LastError: r.lastErr}
 	if !r.finished.IsZero() {
 		info.FinishedAt = r.finished.Unix()
 	}
@@ -309,7 +312,7 @@ func checkProgram(ctx context.Context, p program) error {
 // fails, with everything going on as before.
 func (s *server) handOver(program ipc.FD, mgmt *net.UnixListener) error {
 	st := &state{
-		Schema: stateSchema, Version: s.version, StartedAt: s.startedAt, Reloads: s.reload.info().Count + 1,
+		Schema: stateSchema, Version: s.version, StartedAt: s.startedAt, Reloads: s.reload.info().Count + 1, Failed: s.reload.info().Failed,
 		MgmtOwn: s.mgmtOwn, Activated: s.activated, Builds: s.builds.Load(), Tickets: s.tickets.current(),
 	}
 	var undo []func()
@@ -444,9 +447,15 @@ func (a *app) handed() (handedApp, error) {
 func (s *server) takeOver(st *state) error {
 	s.builds.Store(st.Builds)
 	s.tickets.keys = st.Tickets
-	s.reload.done = st.Reloads
-	s.reload.pending.Store(true)
-	s.reload.begin()
+	s.reload.done, s.reload.failed = st.Reloads, st.Failed
+	if st.Back != "" { // we are the old program again; its proxy serves on
+		s.reload.done--
+		s.reload.end(errors.New("the new program could not go on: " + st.Back))
+		s.proxyReady.Do(func() { close(s.proxyUp) })
+	} else {
+		s.reload.pending.Store(true)
+		s.reload.begin()
+	}
 	for _, h := range st.Apps {
 		a := s.app(h.ID)
 		core, err := rollout.Resume(h.Core, jitter)
