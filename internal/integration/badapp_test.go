@@ -3,6 +3,7 @@ package integration
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -47,9 +48,7 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 		{"its release command fails", fields{"release": "echo no database >&2; exit 2"}, nil, `Release command 'sh -lc echo no database >&2; exit 2' failed \(exit code 2\): no database`},
 	} {
 		manifest := quick(fields{"timeouts": short})
-		for k, v := range c.fields {
-			manifest[k] = v
-		}
+		maps.Copy(manifest, c.fields)
 		lay(t, s, "new", "1", manifest, c.flags...)
 		lay(t, s, "good", "2", manifest, c.flags...)
 		second := make(chan error, 1)

@@ -213,6 +213,7 @@ func TestOneCommandOfAnAppAtATime(t *testing.T) {
 	for command, more := range map[string]fields{
 		"deploy":         {"version": "3", "path": releaseDir(s, "blog", "3"), "routes": []string{"blog.localhost"}, "instances": 1, "idle_timeout": 1},
 		"delete":         nil,
+		"stop":           nil,
 		"update_secrets": {"secrets": fields{"A": "1"}},
 		"rollback":       {"version": "1"},
 		"restart":        nil,

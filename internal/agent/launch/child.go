@@ -45,12 +45,12 @@ func spawn(argv []string, files []uintptr, cgroup int) (*child, error) {
 	}
 	c := &child{pid: pid}
 	if pidfd < 0 {
-		_ = supervise.SignalGroup(pid, unix.SIGKILL) //nolint:errcheck // it is gone or going
+		_ = supervise.SignalGroup(pid, unix.SIGKILL) // it is gone or going
 		c.reap()
 		return nil, fmt.Errorf("start %s: this kernel gives no pidfd: Linux 5.4 or later is needed", argv[0])
 	}
 	// Non-blocking, so that the runtime's poller waits and not a thread.
-	_ = unix.SetNonblock(pidfd, true) //nolint:errcheck // then a thread waits
+	_ = unix.SetNonblock(pidfd, true) // then a thread waits
 	c.pidfd = os.NewFile(uintptr(pidfd), "pidfd")
 	return c, nil
 }
@@ -61,7 +61,7 @@ func (c *child) wait() {
 	if err != nil {
 		return
 	}
-	_ = raw.Read(func(fd uintptr) bool { return ended(int(fd)) }) //nolint:errcheck // reap waits in any case
+	_ = raw.Read(func(fd uintptr) bool { return ended(int(fd)) }) // reap waits in any case
 }
 
 // over reports whether the process has ended.
@@ -71,7 +71,7 @@ func (c *child) over() bool {
 		return true
 	}
 	over := true
-	_ = raw.Control(func(fd uintptr) { over = ended(int(fd)) }) //nolint:errcheck // then it is over for us
+	_ = raw.Control(func(fd uintptr) { over = ended(int(fd)) }) // then it is over for us
 	return over
 }
 
@@ -112,5 +112,5 @@ func (c *child) signalGroup(sig unix.Signal) {
 	if c.adopted && c.over() {
 		return // who is left in the group is found otherwise
 	}
-	_ = supervise.SignalGroup(c.pid, sig) //nolint:errcheck // nobody is left in it
+	_ = supervise.SignalGroup(c.pid, sig) // nobody is left in it
 }

@@ -55,7 +55,7 @@ func (g *Groups) Clear() {
 		}
 		for _, e := range entries {
 			if e.IsDir() {
-				_ = unix.Rmdir(filepath.Join(parent, e.Name())) //nolint:errcheck // the kernel refuses one that is in use
+				_ = unix.Rmdir(filepath.Join(parent, e.Name())) // the kernel refuses one that is in use
 			}
 		}
 	}
@@ -168,14 +168,14 @@ func write(dir, file, value string) error {
 func boundMemory(l wire.Limits, dir string, v2 bool) error {
 	bytes := strconv.FormatInt(l.Memory, 10)
 	if v2 {
-		_ = write(dir, "memory.swap.max", "0")  //nolint:errcheck // a kernel may lack it: there is no swap then
-		_ = write(dir, "memory.oom.group", "1") //nolint:errcheck // as above: else one process of it goes, not all
+		_ = write(dir, "memory.swap.max", "0")  // a kernel may lack it: there is no swap then
+		_ = write(dir, "memory.oom.group", "1") // as above: else one process of it goes, not all
 		return write(dir, "memory.max", bytes)
 	}
 	if err := write(dir, "memory.limit_in_bytes", bytes); err != nil {
 		return err
 	}
-	_ = write(dir, "memory.memsw.limit_in_bytes", bytes) //nolint:errcheck // only there where swap is counted
+	_ = write(dir, "memory.memsw.limit_in_bytes", bytes) // only there where swap is counted
 	return nil
 }
 
@@ -206,19 +206,18 @@ func (g *group) kills() (n int64, ok bool) {
 	return oomKills(filepath.Join(g.memory, "memory.oom_control"))
 }
 
-// procs returns the processes of a group's folder; ok is false if the folder
-// cannot be read.
-func procs(dir string) (pids []int, ok bool) {
+// procs returns the processes of a group's folder, none if it cannot be read.
+func procs(dir string) (pids []int) {
 	b, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
 	if err != nil {
-		return nil, false
+		return nil
 	}
-	for _, f := range strings.Fields(string(b)) {
+	for f := range strings.FieldsSeq(string(b)) {
 		if pid, err := strconv.Atoi(f); err == nil && pid > 1 {
 			pids = append(pids, pid)
 		}
 	}
-	return pids, true
+	return pids
 }
 
 // empty kills all that is in the group, and reports whether nothing is left.
@@ -231,20 +230,19 @@ func (g *group) empty() bool {
 		}
 	}
 	if g.pids != "" {
-		_ = write(g.pids, "pids.max", "0") //nolint:errcheck // it only makes the rest quicker
+		_ = write(g.pids, "pids.max", "0") // it only makes the rest quicker
 	}
 	for end, pause := time.Now().Add(EmptyTimeout), time.Millisecond; ; pause = min(2*pause, 20*time.Millisecond) {
 		left := 0
 		for _, dir := range dirs {
-			pids, _ := procs(dir)
-			for _, pid := range pids {
+			for _, pid := range procs(dir) {
 				r, ok := supervise.Look(pid)
 				if !ok || r.Zombie {
 					continue
 				}
 				left++
 				supervise.KillIf(r, func() bool {
-					now, _ := procs(dir)
+					now := procs(dir)
 					return slices.Contains(now, pid)
 				})
 			}
@@ -304,7 +302,7 @@ func (g *Groups) spawn(grp *group, argv []string, files []uintptr) (*child, erro
 	c, err := spawn(argv, files, 0)
 	if err == nil {
 		g.noClone.Store(true)
-		_ = unix.Rmdir(grp.v2) //nolint:errcheck // Clear does it
+		_ = unix.Rmdir(grp.v2) // Clear does it
 		if grp.memory == grp.v2 {
 			grp.memory = ""
 		}

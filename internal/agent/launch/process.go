@@ -198,7 +198,7 @@ func Start(ctx context.Context, c Config) (*Process, [3]ipc.FD, error) {
 func Adopt(c Config, pid int, started time.Time, files [3]ipc.FD) (*Process, error) {
 	var open [3]*os.File
 	for i, name := range []string{"pidfd", "stdout", "stderr"} {
-		_ = unix.SetNonblock(int(files[i]), true) //nolint:errcheck // then a thread waits
+		_ = unix.SetNonblock(int(files[i]), true) // then a thread waits
 		open[i] = files[i].File(name)
 	}
 	if of := pidOf(open[0]); pid <= 1 || of != pid && of != -1 {
@@ -223,11 +223,11 @@ func pidOf(f *os.File) int {
 	if err != nil {
 		return 0
 	}
-	_ = raw.Control(func(fd uintptr) { //nolint:errcheck // 0 then
-		b, _ := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) //nolint:errcheck // as above
+	_ = raw.Control(func(fd uintptr) { // 0 then
+		b, _ := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd)) // as above
 		for line := range strings.Lines(string(b)) {
 			if n, ok := strings.CutPrefix(line, "Pid:"); ok {
-				pid, _ = strconv.Atoi(strings.TrimSpace(n)) //nolint:errcheck // as above
+				pid, _ = strconv.Atoi(strings.TrimSpace(n)) // as above
 			}
 		}
 	})

@@ -96,7 +96,7 @@ func (s *execSpec) limit() error {
 	if err := unix.Getrlimit(unix.RLIMIT_NPROC, &now); err != nil {
 		return fmt.Errorf("limit processes: %w", err)
 	}
-	n := min(uint64(s.MaxProcs), now.Max) //nolint:gosec // not negative
+	n := min(uint64(s.MaxProcs), now.Max) // not negative
 	if err := unix.Setrlimit(unix.RLIMIT_NPROC, &unix.Rlimit{Cur: n, Max: n}); err != nil {
 		return fmt.Errorf("limit processes: %w", err)
 	}

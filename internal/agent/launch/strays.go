@@ -136,7 +136,7 @@ func sweep(c *wire.Command, leader int) {
 			ctx, cancel := context.WithTimeout(context.Background(), 2*EmptyTimeout)
 			defer cancel()
 			id := &Identity{UID: c.User.UID, GID: c.User.GID}
-			_ = Help(ctx, SweepName, id, s, 0, &struct{}{}) //nolint:errcheck // what it cannot kill cannot be killed
+			_ = Help(ctx, SweepName, id, s, 0, &struct{}{}) // what it cannot kill cannot be killed
 			return
 		}
 	}
