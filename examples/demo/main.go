@@ -139,9 +139,9 @@ func invite(s settings, srv *server) {
 Two apps are up. Ask them (-k, since the certificates are self-signed):
 
   curl -k https://hello.localhost:%[2]d/
-  curl -k https://counter.localhost:%[2]d/        again and again: two instances take turns
-  curl -i http://hello.localhost:%[1]d/           a redirect to HTTPS
-  curl -kN https://hello.localhost:%[2]d/stream   server-sent events
+  curl -k https://counter.localhost:%[2]d/        # again and again: two instances take turns
+  curl -i http://hello.localhost:%[1]d/           # a redirect to HTTPS
+  curl -kN https://hello.localhost:%[2]d/stream   # server-sent events
 
 In another terminal:
 
