@@ -4,6 +4,8 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -72,7 +74,9 @@ func (a *agent) dropLog(l *sharedLog) {
 func (a *agent) start(m *wire.Start) error {
 	t := a.target(m)
 	if err := a.checkStart(m, &t); err != nil {
-		return fmt.Errorf("%w: start %s: %w", ipc.ErrProtocol, m.Instance, err)
+		// One instance that cannot be started is no reason to end all the others.
+		a.log.Error("start refused", logging.Instance, m.Instance.String(), logging.Reason, err.Error())
+		return a.conn.Send(0, &wire.StartFailed{Instance: m.Instance, Reason: err.Error()})
 	}
 	if len(a.instances) >= MaxInstances {
 		return a.conn.Send(0, &wire.StartFailed{Instance: m.Instance, Reason: fmt.Sprintf("%d instances are running, the limit: stop some first", MaxInstances)})
@@ -179,6 +183,9 @@ func clean(p string) bool {
 
 // live is the life of one instance, in a goroutine of its own.
 func (a *agent) live(t health.Target, m *wire.Start, c launch.Config) {
+	// Of an instance with this number before a restart of the server: programs that
+	// bind find the name taken.
+	removeSocket(m.Socket)
 	p, files, err := launch.Start(a.work, c)
 	if err != nil {
 		c.Log.Note(m.Instance.N, err.Error())
@@ -207,8 +214,20 @@ func (a *agent) follow(t health.Target, m *wire.Start, p *launch.Process, log *l
 	cancel()
 	watching.Wait() // so that no probe is reported after the end
 	<-p.Done()
+	removeSocket(m.Socket)
 	log.Note(m.Instance.N, ending(p.Exit()))
 	a.send(exited{m.Instance})
+}
+
+// removeSocket removes the socket that a process left behind. The folder is the
+// app's, so what stands there may be anything: only a socket is removed.
+func removeSocket(path string) {
+	if path == "" {
+		return
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() == fs.ModeSocket {
+		_ = os.Remove(path) // if that fails the app says so when it binds
+	}
 }
 
 // ending says for the app's log how an instance ended.

@@ -333,14 +333,37 @@ func (a *App) committed(f Committed) {
 		return
 	}
 	r.phase = draining
+	if a.stopping { // a stop came meanwhile: durable, and stopped
+		a.plan, a.have = r.plan, true
+		for _, in := range a.instances {
+			a.drain(in)
+		}
+		return
+	}
 	a.plan, a.have, a.stopped = r.plan, true, false
 	clear(a.paces)
 	a.awake, a.quietAt = a.plan.onDemand(), a.now
 	for _, in := range a.instances {
-		switch {
-		case in.build == r.plan.Build && in.stage == proved:
+		if in.build == r.plan.Build && in.stage == proved {
 			in.stage, in.servedAt = serving, a.now
-		case in.build != r.plan.Build:
+		}
+	}
+}
+
+// relieve has the instances of other builds drain once one of the committed build
+// serves: should all of those have died during the commit, the old ones go on.
+func (a *App) relieve() {
+	if a.roll != nil && a.roll.phase != draining {
+		return // the others are the new ones
+	}
+	fresh := slices.ContainsFunc(a.instances, func(in *instance) bool {
+		return in.build == a.plan.Build && in.process == Web && in.stage == serving && in.bad < OutAfter
+	})
+	if !fresh {
+		return
+	}
+	for _, in := range a.instances {
+		if in.build != a.plan.Build {
 			a.drain(in)
 		}
 	}
@@ -397,12 +420,13 @@ func (a *App) start(p Plan, process string) {
 // probed takes the outcome of a probe.
 func (a *App) probed(in *instance, f Probed) {
 	if !f.Good {
-		in.good, in.bad, in.accepts, in.detail = 0, f.Streak, f.Accepts, f.Detail
+		// A refused connect may have counted more than the probes have yet.
+		in.good, in.bad, in.accepts, in.detail = 0, max(in.bad, f.Streak), f.Accepts, f.Detail
 		if in.stage == proved && in.bad >= OutAfter {
 			a.rollFailed(in, Failure{N: in.n, Reason: "Instance became unhealthy during startup: " + f.Detail})
 		}
 		if in.stage == serving && in.bad >= DeadAfter && !in.condemned {
-			in.condemned = true
+			in.condemned = true // replaced also on demand: whoever asks would wait for it for ever
 			a.crashed(in, fmt.Sprintf("failed %d probes in a row: %s", in.bad, f.Detail))
 		}
 		return
@@ -470,7 +494,7 @@ func (a *App) crashed(in *instance, why string) {
 	pause = min(pause, BackoffMost)
 	pause += time.Duration(float64(pause) * BackoffJitter * a.jitter())
 	p.nextStart = a.now.Add(pause)
-	if in.process == Web && a.plan.onDemand() {
+	if in.process == Web && a.plan.onDemand() && !in.condemned {
 		a.awake = false // requests fail until the pause is over; the next one wakes it
 	}
 }
@@ -478,6 +502,7 @@ func (a *App) crashed(in *instance, why string) {
 // settle brings what is closer to what should be. It is idempotent.
 func (a *App) settle() {
 	a.settleRoll()
+	a.relieve()
 	a.settleSteady()
 	a.settleDraining()
 	a.settleDone()
