@@ -12,6 +12,8 @@ COMMIT   := $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/d
 LDFLAGS  := -X tako/internal/version.Version=$(VERSION) -X tako/internal/version.Commit=$(COMMIT)
 FUZZTIME ?= 30s
 BENCHTIME ?= 1s
+# The tests that soak runs.
+SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps
 
 # The packages that are quick to test, and those that run the real programs.
 UNIT        = $(shell $(GO) list ./... | grep -v /internal/integration)
@@ -61,6 +63,11 @@ race: ## unit tests under the race detector
 .PHONY: integration
 integration: ## tests that run the real programs
 	@$(GOTEST) -- integration $(INTEGRATION)
+
+# Alone and one test after another: its bounds are those of a quiet machine.
+.PHONY: soak
+soak: ## rollouts, crashes and cold starts for minutes, with the numbers they are to keep
+	@TAKO_SOAK=1 $(GOTEST) -show -- soak -timeout 30m -parallel 1 -count 1 -run '$(SOAK)' $(INTEGRATION)
 
 .PHONY: integration-slow
 integration-slow: ## the same with apps of real frameworks, installed by npm

@@ -247,3 +247,20 @@ func size(t *testing.T, name string) int64 {
 	}
 	return fi.Size()
 }
+
+// inFlight is how many requests a status counts on the app's instances.
+func inFlight(t *testing.T, data json.RawMessage) (n int) {
+	t.Helper()
+	var st struct {
+		Instances []struct {
+			InFlight int `json:"in_flight"`
+		} `json:"instances"`
+	}
+	if err := json.Unmarshal(data, &st); err != nil {
+		t.Fatal(err)
+	}
+	for _, in := range st.Instances {
+		n += in.InFlight
+	}
+	return n
+}

@@ -1,13 +1,14 @@
 // Gotest runs go test in phases, one after another, shows what failed and ends
 // with one verdict over all of them:
 //
-//	gotest [-skips FILE] [-strict] -- NAME ARG... [-- NAME ARG...]...
+//	gotest [-skips FILE] [-strict] [-show] -- NAME ARG... [-- NAME ARG...]...
 //
 // Each phase is a name and the arguments of go test. A phase that fails does not
 // stop the next. A test that skips must stand in FILE, one "package TestName" or
 // "package" a line ('#' begins a comment); with -strict any other skip fails the
 // run. A line "unprivileged WORD" is for users other than root: they may skip what
-// gives WORD in its reason. The exit status is 0 only if everything passed.
+// gives WORD in its reason. With -show what passed is shown too, with what it
+// logged. The exit status is 0 only if everything passed.
 package main
 
 import (
@@ -35,6 +36,9 @@ type event struct {
 	FailedBuild string
 }
 
+// show is whether what passed is shown.
+var show = flag.Bool("show", false, "show what passed too, with what it logged")
+
 type tally struct {
 	passed, failed, skipped int
 	unexpected              []string // skips that are not in the list
@@ -51,7 +55,7 @@ func main() {
 	skips := flag.String("skips", "", "file that lists the tests that may skip")
 	strict := flag.Bool("strict", false, "fail on a skip that is not listed")
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: gotest [-skips FILE] [-strict] -- NAME ARG... [-- NAME ARG...]...")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: gotest [-skips FILE] [-strict] [-show] -- NAME ARG... [-- NAME ARG...]...")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -198,6 +202,14 @@ func end(t *tally, e event, output []string, allowed allowance) {
 	switch e.Action {
 	case "pass":
 		t.passed++
+		if *show {
+			fmt.Printf("ok    %s %.1fs\n", e.Test, e.Elapsed)
+			for _, line := range output {
+				if !strings.HasPrefix(line, "===") && !strings.HasPrefix(line, "---") {
+					fmt.Print(line)
+				}
+			}
+		}
 	case "fail":
 		t.failed++
 		t.blamed = e.Package
