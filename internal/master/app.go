@@ -266,6 +266,7 @@ func (a *app) ended(n uint32, f rollout.Fact) {
 			fd.Close()
 		}
 		delete(a.procs, n)
+		a.srv.proxies.forget(a.instance(n))
 	}
 	a.stepLocked(f)
 }
@@ -282,7 +283,7 @@ func (a *app) pickPort(n uint32) uint16 {
 	}
 	lo, hi := int(a.srv.s.portMin), int(a.srv.s.portMax)
 	width := hi - lo + 1
-	base := int(a.reg.BasePort) - lo + int(a.srv.s.InstancePortOffset)
+	base := int(a.reg.BasePort) - lo + int(a.srv.s.InstancePortOffset) // not negative: prepareApp
 	for i := range PortsPerApp {
 		port := uint16(lo + (base+(int(n)-1+i)%PortsPerApp)%width) // within the range
 		if !used[port] && portFree(port) {

@@ -31,6 +31,8 @@ const (
 	MaxReleaseFiles = 200_000
 	// UploadTime bounds an upload from its first byte to its last.
 	UploadTime = time.Hour
+	// HaltTime bounds how long a stop waits for the last instance.
+	HaltTime = 5 * time.Minute
 	// MaxErrorOutput bounds a step's output in an error, in bytes.
 	MaxErrorOutput = 400
 	// DefaultWaiters and DefaultWait bound the queue of an app that chooses
@@ -120,6 +122,9 @@ func (a *app) halt(ctx context.Context) error {
 	drainDone(a.done)
 	a.stepLocked(rollout.Stop{})
 	a.mu.Unlock()
+	ctx, cancel := context.WithTimeoutCause(ctx, HaltTime, tako.Errorf(tako.CodeFailed,
+		"Stop failed: an instance of '%s' does not end within %s, not even killed; it may be stuck in the kernel", a.id, HaltTime))
+	defer cancel()
 	_, err := a.wait(ctx, "stop", func(string) {})
 	return err
 }
@@ -143,13 +148,18 @@ func (s *server) Delete(ctx context.Context, id tako.AppID) (existed bool, err e
 	s.proxies.send(&wire.AppGone{App: id, Revision: a.revision})
 	a.broken, a.lastError = "", ""
 	a.mu.Unlock()
-	err = a.halt(ctx)
+	a.removeSecrets()
+	return true, a.halt(ctx)
+}
+
+// removeSecrets removes what the next app of this name must not find, of an app
+// that is in the database no more.
+func (a *app) removeSecrets() {
 	for _, path := range []string{a.layout.Secrets(), a.layout.SecretsNext(), a.layout.Current()} {
 		if e := os.Remove(path); e != nil && !errors.Is(e, os.ErrNotExist) {
 			a.log.Error("a file of the deleted app stays", logging.Err, e)
 		}
 	}
-	return true, err
 }
 
 // Scale implements management.Backend.

@@ -272,6 +272,9 @@ func (c Config) settle() (settled, error) {
 		}
 		s.listen = append(s.listen, ip)
 	}
+	if most := MaxListeners / 2; len(c.ListenAddress) > most {
+		fault("--listen-address: %d addresses, the limit is %d", len(c.ListenAddress), most)
+	}
 	for _, p := range c.TrustedProxies {
 		prefix, err := netip.ParsePrefix(p)
 		if err != nil {

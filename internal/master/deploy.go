@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"tako/internal/logging"
@@ -128,12 +129,24 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 	a.mu.Lock()
 	drainDone(a.done)
 	a.builds[b.number] = b
-	a.committer = func() error { return s.commit(a, next, progress) }
+	var fate fate
+	a.committer = func() error {
+		if !fate.commit() {
+			return errNoServer
+		}
+		defer fate.committed()
+		return s.commit(a, next, progress)
+	}
 	a.stepLocked(rollout.Roll{Plan: b.plan(r.instances, r.idle)})
 	a.mu.Unlock()
 
 	d, err := a.wait(ctx, "roll", progress)
-	if err == nil && d.Failure != nil {
+	switch {
+	case err != nil && !fate.giveUp() && a.registration().Release == r.release && a.registration().SecretsHash == hash:
+		// The server stops, and the deploy is durable: the next start has it.
+		progress("committed; the server stops before the old instances have drained")
+		d.New, err = max(1, int(r.instances)), nil
+	case err == nil && d.Failure != nil:
 		err = a.deployError(d, r.instances == 0)
 	}
 	if err != nil {
@@ -154,6 +167,43 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 		App: a.id, Version: r.release, Rolled: d.Old > 0, NewApp: newApp,
 		NewInstances: d.New, OldInstances: d.Old, OnDemand: r.instances == 0,
 	}, nil
+}
+
+// A fate says whether a rollout is committed or given up, when both want it at one
+// time: only one of them happens, and the other waits for it.
+type fate struct {
+	mu      sync.Mutex
+	decided bool
+	given   bool
+	done    chan struct{} // closed by committed
+}
+
+// commit begins the commit, unless the rollout was given up.
+func (f *fate) commit() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.decided {
+		return false
+	}
+	f.decided, f.done = true, make(chan struct{})
+	return true
+}
+
+func (f *fate) committed() { close(f.done) }
+
+// giveUp gives the rollout up and reports whether that was in time; if a commit
+// has begun it waits for its end instead.
+func (f *fate) giveUp() bool {
+	f.mu.Lock()
+	if !f.decided {
+		f.decided, f.given = true, true
+	}
+	given, done := f.given, f.done
+	f.mu.Unlock()
+	if !given {
+		<-done
+	}
+	return given
 }
 
 // commit makes a rollout durable. The database row is the moment: what follows
@@ -274,9 +324,9 @@ func (a *app) deployError(d rollout.Done, onDemand bool) error {
 // claim reserves routes for an app until the returned function is called, so
 // that two deploys under way cannot both take one.
 func (s *server) claim(app tako.AppID, patterns []route.Pattern) (func(), error) {
-	held := s.heldRoutes()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	held := s.heldRoutes()
 	for other, ps := range s.claims {
 		held[other] = append(held[other], ps...)
 	}
@@ -291,10 +341,10 @@ func (s *server) claim(app tako.AppID, patterns []route.Pattern) (func(), error)
 	}, nil
 }
 
-// heldRoutes returns the committed routes of every app.
+// heldRoutes returns the committed routes of every app. Called with mu held.
 func (s *server) heldRoutes() map[tako.AppID][]route.Pattern {
 	held := make(map[tako.AppID][]route.Pattern)
-	for _, a := range s.allApps() {
+	for _, a := range s.apps {
 		reg := a.registration()
 		if reg.ID == "" {
 			continue
@@ -314,13 +364,12 @@ func (s *server) prepareApp(ctx context.Context, a *app) error {
 		return tako.Errorf(tako.CodeFailed, "Failed to make the app's folder: %v", err)
 	}
 	reg := a.registration()
-	if reg.BasePort == 0 {
-		base, err := s.db.AllocatePorts(ctx, a.id, s.s.portMin, s.s.portMax, PortsPerApp)
-		if err != nil {
-			return err
-		}
-		reg.BasePort = base
+	// What it has is kept as long as it fits the settings.
+	base, err := s.db.AllocatePorts(ctx, a.id, s.s.portMin, s.s.portMax, PortsPerApp)
+	if err != nil {
+		return err
 	}
+	reg.BasePort = base
 	if reg.UID == 0 && s.privileged {
 		uid, err := s.db.AllocateUID(ctx, a.id, s.s.uidMin, s.s.uidMax)
 		if err != nil {
@@ -333,6 +382,9 @@ func (s *server) prepareApp(ctx context.Context, a *app) error {
 	a.reg.BasePort, a.reg.UID = reg.BasePort, reg.UID
 	return nil
 }
+
+// errTree is joined to the error of tree when it is the agent that did not answer.
+var errTree = errors.New("the agent did not answer")
 
 // tree has the agent make or mend the app's folders.
 func (a *app) tree(ctx context.Context, b *build, installing bool) error {
@@ -347,7 +399,11 @@ func (a *app) tree(ctx context.Context, b *build, installing bool) error {
 		Release: name, Installing: installing, User: a.user(),
 	})
 	if err != nil {
-		return tako.Errorf(tako.CodeFailed, "Failed to prepare the folders of '%s': %v", a.id, err)
+		said := tako.Errorf(tako.CodeFailed, "Failed to prepare the folders of '%s': %v", a.id, err)
+		if tako.AsError(err).Code == tako.CodeFailed {
+			return said // the agent's word on what is wrong with them
+		}
+		return errors.Join(said, errTree)
 	}
 	m.Discard()
 	return nil
@@ -549,7 +605,11 @@ func (s *server) writeSecrets(ctx context.Context, a *app, reg store.App, secret
 	for _, b := range a.builds {
 		b.secrets = secrets // of a sleeping app: the next start has them
 	}
+	woke := len(a.procs) > 0
 	a.mu.Unlock()
+	if woke {
+		a.log.Warn("a request woke the app while its secrets were changed: the instance may have the old ones until its next start")
+	}
 	if err := finishCommit(a.layout, reg); err != nil {
 		return tako.Errorf(tako.CodeFailed, "Failed to write secrets: %v", err)
 	}

@@ -122,6 +122,25 @@ func inherited(names []string, first int) (ports []listener, mgmt ipc.FD, err er
 	return ports, mgmt, nil
 }
 
+// checkInherited says whether what systemd passed is enough to serve.
+func checkInherited(ports []listener) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	if len(ports) > MaxListeners {
+		return fmt.Errorf("%d sockets were passed, the limit is %d: leave some ListenStream= out of the socket units", len(ports), MaxListeners)
+	}
+	for _, name := range []string{wire.ListenerHTTP, wire.ListenerHTTPS} {
+		if portOf(ports, name) == 0 {
+			return fmt.Errorf("no socket named %s was passed: enable the socket units of both http and https", name)
+		}
+	}
+	return nil
+}
+
+// MaxListeners bounds the listening sockets: they travel in one message.
+const MaxListeners = ipc.MaxFiles
+
 // portOf returns the number of the first listener with this name.
 func portOf(ls []listener, name string) uint16 {
 	for _, l := range ls {

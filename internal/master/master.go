@@ -50,6 +50,10 @@ const (
 // server starts. How they come up is bounded per app, not over all.
 const restoreParallel = 8
 
+// RestoreTries is the longest pause between two tries to make an app's folders in
+// a restore, while the agent does not answer.
+const RestoreTries = 30 * time.Second
+
 type server struct {
 	s         settled
 	log       hclog.Logger
@@ -258,6 +262,9 @@ func (s *server) openSockets() (*net.UnixListener, error) {
 	}
 	s.undo = append(s.undo, s.closePorts)
 	s.listeners, s.activated = ports, len(ports) > 0
+	if err := checkInherited(ports); err != nil {
+		return nil, err
+	}
 	if !s.activated {
 		if s.listeners, err = openListeners(s.s); err != nil {
 			return nil, err
@@ -488,6 +495,7 @@ func (s *server) recall(ctx context.Context) ([]store.App, error) {
 			s.log.Error("finish a deploy", logging.App, string(reg.ID), logging.Err, err)
 		}
 	}
+	s.forgetDeleted(regs)
 	mode, lock, err := s.db.Mode(ctx)
 	if err != nil {
 		return nil, err
@@ -506,6 +514,26 @@ func (s *server) recall(ctx context.Context) ([]store.App, error) {
 	return regs, nil
 }
 
+// forgetDeleted removes the secrets of apps that were deleted while the server
+// died.
+func (s *server) forgetDeleted(regs []store.App) {
+	entries, err := os.ReadDir(s.layout.Apps())
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		id, err := tako.ParseAppID(e.Name())
+		if err != nil || slices.ContainsFunc(regs, func(r store.App) bool { return r.ID == id }) {
+			continue
+		}
+		l := s.layout.App(id)
+		if _, err := os.Lstat(l.Current()); err != nil {
+			continue // never deployed: secrets may have been set before the first deploy
+		}
+		s.app(id).removeSecrets()
+	}
+}
+
 // restore brings up what was deployed, side by side. A broken app is its own
 // trouble.
 func (s *server) restore(ctx context.Context, regs []store.App) {
@@ -520,7 +548,18 @@ func (s *server) restore(ctx context.Context, regs []store.App) {
 			if ctx.Err() != nil {
 				return
 			}
-			if err := a.restore(ctx, reg); err != nil {
+			err := a.restore(ctx, reg)
+			for pause := 100 * time.Millisecond; errors.Is(err, errTree) && pause < RestoreTries; pause *= 2 {
+				// The agent was starting, or busy: not the app's fault.
+				a.log.Warn("app not restored yet", logging.Err, err)
+				select {
+				case <-time.After(pause):
+				case <-ctx.Done():
+					return
+				}
+				err = a.restore(ctx, reg)
+			}
+			if err != nil {
 				a.log.Error("app not restored: its routes answer 503", logging.Err, err)
 				a.mu.Lock()
 				a.broken = "Restore startup failed: " + err.Error()

@@ -368,6 +368,15 @@ func (s *server) proxyGone(l *proxyLink) {
 	}
 }
 
+// forget drops what the proxies said of an instance that is gone.
+func (p *proxySet) forget(id tako.InstanceID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, l := range p.links {
+		delete(l.quiet, id)
+	}
+}
+
 // requestsOf returns what the living proxies count for an instance.
 func (p *proxySet) requestsOf(id tako.InstanceID) (requests uint64, inFlight int) {
 	p.mu.Lock()

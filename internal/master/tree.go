@@ -63,6 +63,9 @@ func makeRun(dir string) error {
 	case !fi.IsDir():
 		return fmt.Errorf("run directory: %s is not a folder: choose another --socket", dir)
 	}
+	if st, ok := fi.Sys().(*syscall.Stat_t); ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("run directory: %s belongs to uid %d, who could put something else in the place of the socket: choose another --socket, or run: %s", dir, st.Uid, chownLine(dir))
+	}
 	if err := unix.Access(dir, unix.W_OK|unix.X_OK); err != nil {
 		return fmt.Errorf("run directory: %s is not writable for uid %d: choose another --socket, or run: %s", dir, os.Geteuid(), chownLine(dir))
 	}
@@ -85,14 +88,10 @@ func makeOwn(dir string, mode fs.FileMode) error {
 		return err
 	}
 	if fi.Mode()&fs.ModeSymlink != 0 {
-		// An administrator's link (a data root on another disk) is fine where
-		// nobody else could have put it.
-		parent, err := os.Stat(filepath.Dir(dir))
-		if err != nil {
+		// An administrator's link (a data root on another disk) is fine where nobody
+		// else could have put it, or could change what it leads to.
+		if err := trusted(dir); err != nil {
 			return err
-		}
-		if parent.Mode().Perm()&0o002 != 0 {
-			return fmt.Errorf("%s is a link in a folder that anybody may write to: remove it, or choose another folder", dir)
 		}
 		if fi, err = os.Stat(dir); err != nil {
 			return err
@@ -113,6 +112,27 @@ func makeOwn(dir string, mode fs.FileMode) error {
 		return fmt.Errorf("%s is not writable (%w): is the file system mounted read-only?", dir, err)
 	}
 	return nil
+}
+
+// trusted says whether a link, and every folder above it, belong to root or us and
+// are nobody else's to write.
+func trusted(link string) error {
+	for path := link; ; path = filepath.Dir(path) {
+		fi, err := os.Lstat(path)
+		if err != nil {
+			return err
+		}
+		st, ok := fi.Sys().(*syscall.Stat_t)
+		if !ok || st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+			return fmt.Errorf("%s is a link, and %s belongs to uid %d, who could change where it leads: name the folder itself", link, path, st.Uid)
+		}
+		if fi.Mode()&fs.ModeSymlink == 0 && fi.Mode().Perm()&0o022 != 0 {
+			return fmt.Errorf("%s is a link, and others may write to %s: name the folder itself, or run: chmod go-w %s", link, path, path)
+		}
+		if path == filepath.Dir(path) {
+			return nil
+		}
+	}
 }
 
 func chownLine(dir string) string {

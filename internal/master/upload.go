@@ -63,6 +63,9 @@ func (s *server) upload(ctx context.Context, id tako.AppID, version tako.Release
 	r.Close()
 	_ = w.SetWriteDeadline(time.Now()) // whatever is still being copied is of no use now
 	if err != nil {
+		// The copier reads from the caller's connection: it has to end before we do.
+		// What it waits for ends with the connection's own time limits.
+		<-copied
 		if e := tako.AsError(err); e.Code == tako.CodeInternal {
 			return none, err
 		}

@@ -49,6 +49,9 @@ const (
 	HealthyAfter  = 60 * time.Second
 	// LoopAfter is how many crashes in a row are called a crash loop.
 	LoopAfter = 3
+	// IdleDrain bounds a request that reached an on-demand instance in the moment
+	// it was found idle.
+	IdleDrain = 24 * time.Hour
 )
 
 // Timing is what an app may choose for itself.
@@ -639,7 +642,13 @@ func (a *App) settleProcess(process string, want, coming int) int {
 		}
 	}
 	for len(live) > want { // the youngest go first
-		a.drain(live[len(live)-1])
+		in := live[len(live)-1]
+		a.drain(in)
+		if a.plan.onDemand() {
+			// It is idle, and nothing else takes its place: a request that came in
+			// the same moment ends in its own time.
+			in.drainUntil, in.cutAt = a.now.Add(IdleDrain), a.now.Add(IdleDrain)
+		}
 		live = live[:len(live)-1]
 	}
 	return coming
@@ -748,7 +757,7 @@ func (a *App) View(now time.Time) View {
 	if a.have {
 		v.Instances = a.plan.Instances
 	}
-	serves, coming, accepts := 0, 0, 0
+	serves, coming, accepts, present := 0, 0, 0, 0
 	for _, in := range a.instances {
 		i := Instance{
 			N: in.n, Process: in.process, Build: in.build, Via: in.via, StartedAt: in.startedAt, Detail: in.detail,
@@ -756,6 +765,9 @@ func (a *App) View(now time.Time) View {
 			Draining: in.stage == drained,
 			Out:      in.stage == serving && in.bad >= OutAfter,
 			Accepts:  in.accepts,
+		}
+		if in.build == a.plan.Build && in.process == Web && (in.stage == starting || in.stage == serving) {
+			present++
 		}
 		switch in.stage {
 		case starting:
@@ -794,12 +806,12 @@ func (a *App) View(now time.Time) View {
 		v.State = tako.AppDeploying
 	case serves > 0:
 		v.State = tako.AppRunning
+	case a.plan.onDemand() && present == 0 && !retry:
+		v.State = tako.AppIdle
 	case web.crashes >= LoopAfter:
 		v.State = tako.AppCrashLoop
 	case web.crashes > 0:
 		v.State = tako.AppError
-	case a.plan.onDemand() && coming == 0:
-		v.State = tako.AppIdle
 	case coming > 0:
 		v.State = tako.AppDeploying
 	default:
