@@ -131,11 +131,12 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 	}
 	defer fl.end()
 	id := idOf(r, c)
-	w.Header().Set(requestID, id)
+	ids := []string{id} // for all that has it
+	w.Header()[requestID] = ids
 	rc := http.NewResponseController(w)
 
 	req := &upstream.Request{
-		Method: r.Method, Target: target, Host: r.Host, Header: requestHeader(r, c, id),
+		Method: r.Method, Target: target, Host: r.Host, Header: requestHeader(r, c, ids),
 		ContentLength: r.ContentLength,
 		WriteZero:     r.Header["Content-Length"] != nil || r.Method == http.MethodPost || r.Method == http.MethodPut || r.Method == http.MethodPatch,
 		Upgrade:       upgradeOf(r),
@@ -169,7 +170,7 @@ func (h *handler) forward(w http.ResponseWriter, r *http.Request, a *app, c clie
 	defer resp.Body.Close() // it returns none
 	header := w.Header()
 	responseHeader(header, resp.Header)
-	header[requestID] = []string{id}
+	header[requestID] = ids
 	for name := range trailer(resp.Trailer) {
 		header.Add("Trailer", name)
 	}

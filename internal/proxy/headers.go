@@ -93,7 +93,7 @@ func clientOf(r *http.Request, st *state) client {
 }
 
 // requestHeader makes the fields for the app.
-func requestHeader(r *http.Request, c client, id string) http.Header {
+func requestHeader(r *http.Request, c client, ids []string) http.Header {
 	out := make(http.Header, len(r.Header)+5)
 	hop := nominated(r.Header)
 	for name, values := range r.Header {
@@ -127,7 +127,7 @@ func requestHeader(r *http.Request, c client, id string) http.Header {
 			out[f.name] = []string{f.value}
 		}
 	}
-	out[requestID] = []string{id}
+	out[requestID] = ids
 	return out
 }
 

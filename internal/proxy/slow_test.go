@@ -138,7 +138,7 @@ func TestClientThatReadsSlowlyIsServed(t *testing.T) {
 		for {
 			n, err := io.CopyN(io.Discard, resp.Body, 16<<10)
 			read += n
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				break
 			}
 			check0(t, err)

@@ -322,3 +322,37 @@ func TestTunnelOfAClientThatDoesNotReadEnds(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// A request that turns out to be a stream when their time is over ends at once.
+func TestLateStreamEndsAtOnce(t *testing.T) {
+	m := serving(t)
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	up := served(t, func(w http.ResponseWriter, r *http.Request) {
+		close(begun)
+		<-goOn
+		w.Header().Set("Content-Type", "text/event-stream")
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+	})
+	m.plainApp(up)
+	answer := make(chan string, 1)
+	go func() {
+		resp, err := m.client(false, nil).Get("http://blog.test/")
+		if err != nil {
+			answer <- err.Error()
+			return
+		}
+		b, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		answer <- fmt.Sprint(resp.StatusCode, len(b), err)
+	}()
+	<-begun
+	up.Draining, up.CutStreams = true, true
+	m.plainApp(up)
+	close(goOn)
+	if got := <-answer; got != "200 0 <nil>" {
+		t.Errorf("got %s", got)
+	}
+	for expect[*wire.Quiet](m).Streams != 0 {
+	}
+}

@@ -131,9 +131,14 @@ func (t *Tunnel) Close() error {
 // is sent once more on a fresh one, if it may be repeated. When ctx ends later the connection is
 // closed and Body fails.
 func (p *Pool) Do(ctx context.Context, r *Request) (*Response, error) {
-	head, err := appendHead(nil, r)
+	buf := heads.Get().(*[]byte)
+	defer heads.Put(buf)
+	head, err := appendHead((*buf)[:0], r)
 	if err != nil {
 		return nil, err
+	}
+	if cap(head) <= maxKeptHead {
+		*buf = head
 	}
 	c, reused, err := p.get(ctx, false, !repeatable(r.Method))
 	if err != nil {
@@ -150,6 +155,11 @@ func (p *Pool) Do(ctx context.Context, r *Request) (*Response, error) {
 	}
 	return resp, err
 }
+
+// heads are buffers for heads of requests, of maxKeptHead at most.
+var heads = sync.Pool{New: func() any { b := make([]byte, 0, 1<<10); return &b }}
+
+const maxKeptHead = 16 << 10
 
 // repeatable: sending it twice is as good as once.
 func repeatable(method string) bool {
