@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -111,9 +112,7 @@ func TestRefusalsOfCommands(t *testing.T) {
 			"app": "blog", "version": "1", "path": releaseDir(s, "blog", "1"), "routes": []string{"blog.localhost"},
 			"instances": 1, "idle_timeout": 300,
 		}
-		for k, v := range c.more {
-			all[k] = v
-		}
+		maps.Copy(all, c.more)
 		_, err := s.Ask(c.command, all)
 		wantError(t, s, fmt.Sprintf("%s %.120v", c.command, c.more), err, c.want)
 	}
@@ -220,9 +219,7 @@ func TestOneCommandOfAnAppAtATime(t *testing.T) {
 		"scale":          {"instances": 2},
 	} {
 		all := fields{"app": "blog"}
-		for k, v := range more {
-			all[k] = v
-		}
+		maps.Copy(all, more)
 		_, err := s.Ask(command, all)
 		wantError(t, s, command+" during a deploy", err, busy)
 	}

@@ -23,7 +23,7 @@ func TestBadRequestsAreRefusedWithTheReason(t *testing.T) {
 		{`{"command":null}`, "invalid type: null, expected a string (field `command`)"},
 		{`{"Command":"list"}`, "missing field `command`"},
 		{`{"command":"list","command":"list"}`, "duplicate field `command`"},
-		{`{"command":"xyz"}`, "unknown variant `xyz`, expected one of `hello`, `deploy`, `stop`, `delete`, `status`, `list`, `list_releases`, `routes`, `rollback`, `update_secrets`, `server_info`, `enter_upgrading`, `exit_upgrading`, `restart`, `scale`, `upload`, `logs`"},
+		{`{"command":"xyz"}`, "unknown variant `xyz`, expected one of `hello`, `deploy`, `stop`, `delete`, `status`, `list`, `list_releases`, `routes`, `rollback`, `update_secrets`, `server_info`, `enter_upgrading`, `exit_upgrading`, `restart`, `scale`, `upload`, `logs`, `reload`"},
 		{`{"command":"hello"}`, "missing field `protocol_version`"},
 		{`{"command":"hello","protocol_version":4294967296}`, "invalid value: integer `4294967296`, expected u32 (field `protocol_version`)"},
 		{`{"command":"stop"}`, "missing field `app`"},

@@ -421,7 +421,7 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		case <-ctx.Done():
 			program.Close()
 			return false, nil
-		case _ = <-served: // it ended as quiet asked it to
+		case <-served: //nolint:errcheck // it ended as quiet asked it to
 			idle()
 			background.Wait()
 			err = s.handOver(program, mgmt) // comes back only if it failed
