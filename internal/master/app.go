@@ -144,7 +144,7 @@ func (a *app) stepLocked(f rollout.Fact) {
 			a.startInstance(act)
 		case rollout.StopInstance:
 			a.log.Info("stopping instance", logging.Instance, act.N)
-			_ = a.srv.agentSend(&wire.Stop{Instance: a.instance(act.N), GraceMS: int(act.Grace.Milliseconds())})
+			a.stopInstance(act)
 		case rollout.Publish:
 			a.publish()
 		case rollout.Commit:
