@@ -72,6 +72,11 @@ func TestADeadInstanceIsOutAtOnceAndReplaced(t *testing.T) {
 		})
 		replaced = max(replaced, back)
 		worst = max(worst, lastMiss(l.Report(), killed))
+		// A new set, whose next crash is a first one and waits for no back-off.
+		if _, err := s.Ask("restart", map[string]any{"app": "blog"}); err != nil {
+			t.Fatal(err)
+		}
+		until(t, 15*time.Second, "two instances again", func() bool { return len(status(t, s, "blog").Instances) == 2 })
 	}
 	r := l.Stop()
 	t.Logf("%d kills: the last miss at most %s after one, a replacement at most %s after; %v", times, worst, replaced, r)

@@ -71,10 +71,21 @@ func prepare(t *testing.T, o takotest.Options) *takotest.Server {
 			t.Error(err)
 		}
 		if t.Failed() {
-			t.Logf("the server's log:\n%s", s.Log())
+			t.Logf("the server's log:\n%s", withoutPolls(s.Log()))
 		}
 	})
 	return s
+}
+
+// withoutPolls is a log without the commands by which tests look.
+func withoutPolls(log string) string {
+	var b strings.Builder
+	for line := range strings.Lines(log) {
+		if !strings.Contains(line, "command=status") {
+			b.WriteString(line)
+		}
+	}
+	return b.String()
 }
 
 // releaseDir is where a release of an app lies in a server.
