@@ -408,6 +408,9 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		case <-ctx.Done():
 			return false, nil
 		case err := <-served:
+			if ctx.Err() != nil {
+				return false, nil // it ended because we do
+			}
 			return false, fmt.Errorf("management socket: %w", err)
 		case <-s.reloadWanted:
 		}

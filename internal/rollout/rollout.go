@@ -397,7 +397,14 @@ func (a *App) drain(in *instance) {
 		in.cutAt = a.now.Add(in.timing.Streams)
 	case starting, proved:
 		a.stop(in) // it has no traffic
-	case drained, ending:
+	case drained: // perhaps with more patience
+		if limit := a.now.Add(in.timing.Drain); limit.Before(in.drainUntil) {
+			in.drainUntil = limit
+		}
+		if limit := a.now.Add(in.timing.Streams); limit.Before(in.cutAt) {
+			in.cutAt = limit
+		}
+	case ending:
 	}
 }
 
