@@ -410,6 +410,7 @@ func (a *app) message() *wire.App {
 	}
 	if b := a.builds[v.Build]; b != nil {
 		msg.PlainHTTP = !b.manifest.HTTPSRedirect
+		msg.MaxInFlight = b.manifest.Limits.InFlight
 		msg.Queue = wire.Queue{Waiters: b.manifest.Queue.Waiters, WaitMS: int(b.manifest.Queue.Wait.Milliseconds())}
 	}
 	for _, in := range v.All {
@@ -417,7 +418,7 @@ func (a *app) message() *wire.App {
 		if p == nil || !in.Serves && !in.Draining {
 			continue
 		}
-		up := wire.Upstream{Instance: a.instance(in.N), Draining: in.Draining, Fallback: in.Out}
+		up := wire.Upstream{Instance: a.instance(in.N), Draining: in.Draining, Fallback: in.Out, CutStreams: in.Cut}
 		if wire.Transport(in.Via) == wire.TransportUnix {
 			up.Socket = p.socket
 		}

@@ -31,6 +31,7 @@ const (
 	MaxCodes     = 32 // entries of health.codes
 	MaxWaiters   = 100_000
 	MaxPIDs      = 1 << 22
+	MaxInFlight  = 65_536
 	MaxCPU       = 1024
 	MinMemory    = 4 << 20 // bytes
 	MaxMemory    = 1 << 40
@@ -108,6 +109,8 @@ type Limits struct {
 	Memory int64   // bytes
 	CPU    float64 // cores
 	PIDs   int
+	// InFlight bounds the requests at once, streams apart; more wait in a queue.
+	InFlight int
 }
 
 // Timeouts bound the steps of a deploy.
@@ -447,7 +450,10 @@ func (m *Manifest) readProcesses(o object) {
 }
 
 func readLimits(o object) Limits {
-	l := Limits{CPU: o.number("cpu", 0, 0.01, MaxCPU), PIDs: o.integer("pids", 0, 1, MaxPIDs)}
+	l := Limits{
+		CPU: o.number("cpu", 0, 0.01, MaxCPU), PIDs: o.integer("pids", 0, 1, MaxPIDs),
+		InFlight: o.integer("in_flight", 0, 1, MaxInFlight),
+	}
 	if !o.has("memory") {
 		return l
 	}

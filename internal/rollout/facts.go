@@ -161,6 +161,7 @@ type Instance struct {
 	Via       string
 	Detail    string
 	StartedAt time.Time
-	// Serves: it is in the balancer; Out: only for want of a better one.
-	Serves, Out, Draining, Accepts bool
+	// Serves: it is in the balancer; Out: only for want of a better one; Cut: its
+	// streams are to be ended now.
+	Serves, Out, Draining, Accepts, Cut bool
 }

@@ -49,6 +49,9 @@ const (
 	HealthyAfter  = 60 * time.Second
 	// LoopAfter is how many crashes in a row are called a crash loop.
 	LoopAfter = 3
+	// CutTime is how long streams may take to be ended properly, before their
+	// instance is stopped.
+	CutTime = 1500 * time.Millisecond
 	// IdleDrain bounds a request that reached an on-demand instance in the moment
 	// it was found idle.
 	IdleDrain = 24 * time.Hour
@@ -149,6 +152,8 @@ type instance struct {
 	quiet      bool // no request in flight any more
 	streams    int
 	drainUntil time.Time
+	cutting    bool // its streams are being ended
+	cutUntil   time.Time
 	cutAt      time.Time // end of its streams
 }
 
@@ -240,7 +245,7 @@ func (a *App) face() face {
 	var ups []byte
 	for _, in := range v.All {
 		if in.Serves || in.Draining {
-			ups = fmt.Appendf(ups, "%d %t %t;", in.N, in.Draining, in.Out)
+			ups = fmt.Appendf(ups, "%d %t %t %t;", in.N, in.Draining, in.Out, in.Cut)
 		}
 	}
 	return face{build: v.Build, trouble: v.Trouble, mayWait: v.MayWait, ups: string(ups)}
@@ -666,14 +671,19 @@ func (a *App) settleDraining() {
 		if in.stage != drained {
 			continue
 		}
-		if in.quiet && in.streams == 0 || !a.now.Before(a.stopAt(in)) {
+		switch {
+		case in.quiet && in.streams == 0:
+			a.stop(in)
+		case !in.cutting && !a.now.Before(a.cutFrom(in)):
+			in.cutting, in.cutUntil = true, a.now.Add(CutTime)
+		case in.cutting && !a.now.Before(in.cutUntil):
 			a.stop(in)
 		}
 	}
 }
 
-// stopAt is when a draining instance is stopped at the latest.
-func (a *App) stopAt(in *instance) time.Time {
+// cutFrom is when what is left on a draining instance is ended.
+func (a *App) cutFrom(in *instance) time.Time {
 	if in.quiet && in.cutAt.After(in.drainUntil) {
 		return in.cutAt // only streams are left
 	}
@@ -721,7 +731,11 @@ func (a *App) Next() (at time.Time, ok bool) {
 		case proved:
 			consider(in.goodAt.Add(in.timing.Stability))
 		case drained:
-			consider(a.stopAt(in))
+			if in.cutting {
+				consider(in.cutUntil)
+			} else {
+				consider(a.cutFrom(in))
+			}
 		case serving:
 			if p := a.pace(in.process); p.trouble != "" {
 				consider(in.servedAt.Add(HealthyAfter))
@@ -772,6 +786,7 @@ func (a *App) View(now time.Time) View {
 			Draining: in.stage == drained,
 			Out:      in.stage == serving && in.bad >= OutAfter,
 			Accepts:  in.accepts,
+			Cut:      in.stage == drained && in.cutting,
 		}
 		if in.build == a.plan.Build && in.process == Web && (in.stage == starting || in.stage == serving) {
 			present++

@@ -48,6 +48,8 @@ type InstanceSnapshot struct {
 	Streams    int       `json:"streams"`
 	DrainUntil time.Time `json:"drain_until"`
 	CutAt      time.Time `json:"cut_at"`
+	Cutting    bool      `json:"cutting"`
+	CutUntil   time.Time `json:"cut_until"`
 }
 
 // ErrRolling is returned by Snapshot while a command is under way: only an app at
@@ -74,7 +76,7 @@ func (a *App) Snapshot() (Snapshot, error) {
 			N: in.n, Process: in.process, Build: in.build, Stage: stages[in.stage], Timing: in.timing,
 			StartedAt: in.startedAt, GoodAt: in.goodAt, ServedAt: in.servedAt, Good: in.good, Bad: in.bad,
 			Accepts: in.accepts, Via: in.via, Detail: in.detail, Condemned: in.condemned, Quiet: in.quiet,
-			Streams: in.streams, DrainUntil: in.drainUntil, CutAt: in.cutAt,
+			Streams: in.streams, DrainUntil: in.drainUntil, CutAt: in.cutAt, Cutting: in.cutting, CutUntil: in.cutUntil,
 		})
 	}
 	return s, nil
@@ -95,7 +97,7 @@ func Resume(s Snapshot, jitter func() float64) (*App, error) {
 			n: i.N, process: i.Process, build: i.Build, timing: i.Timing,
 			startedAt: i.StartedAt, goodAt: i.GoodAt, servedAt: i.ServedAt, good: i.Good, bad: i.Bad,
 			accepts: i.Accepts, via: i.Via, detail: i.Detail, condemned: i.Condemned, quiet: i.Quiet,
-			streams: i.Streams, drainUntil: i.DrainUntil, cutAt: i.CutAt,
+			streams: i.Streams, drainUntil: i.DrainUntil, cutAt: i.CutAt, cutting: i.Cutting, cutUntil: i.CutUntil,
 		}
 		known := false
 		for st, name := range stages {
