@@ -241,14 +241,14 @@ func (r *run) stopCommand() *cobra.Command {
 
 func (r *run) deleteCommand() *cobra.Command {
 	var yes bool
-	c := &cobra.Command{Use: "delete APP", Short: "Stop an app and remove it with all its releases, secrets and data", Args: cobra.ExactArgs(1)}
+	c := &cobra.Command{Use: "delete APP", Short: "Stop an app and forget its routes, state and secrets", Args: cobra.ExactArgs(1)}
 	c.Flags().BoolVarP(&yes, "yes", "y", false, "do not ask")
 	c.RunE = func(cmd *cobra.Command, args []string) error {
 		if !yes {
 			if !terminal(r.Stdin) {
-				return usagef("delete removes the app's releases, secrets and data: say --yes")
+				return usagef("delete forgets the app, its routes and secrets: say --yes")
 			}
-			fmt.Fprintf(r.Stderr, "Remove %s with its releases, secrets and data? [y/N] ", clean(args[0]))
+			fmt.Fprintf(r.Stderr, "Forget %s, its routes and secrets? Releases and data stay on disk. [y/N] ", clean(args[0]))
 			answer, err := bufio.NewReader(r.Stdin).ReadString('\n')
 			if a := strings.ToLower(strings.TrimSpace(answer)); err != nil || a != "y" && a != "yes" {
 				return fmt.Errorf("%s was not removed", args[0])
