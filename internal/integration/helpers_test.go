@@ -27,14 +27,7 @@ func asRoot(t *testing.T) {
 	}
 }
 
-// soak skips a test that takes minutes.
-func soak(t *testing.T) {
-	t.Helper()
-	if !soaking() {
-		t.Skip("minutes: runs with make soak")
-	}
-}
-
+// soaking reports whether tests may take minutes.
 func soaking() bool { return os.Getenv("TAKO_SOAK") != "" }
 
 // start makes and starts a server with an app "good" in it, which must still be
