@@ -271,10 +271,13 @@ func (g *group) remove() {
 	}
 }
 
-// enter puts this process into groups of version 1.
+// enter puts this thread, which is to execute the program and so to be all that is
+// left of the process, into groups of version 1. To move a whole process the
+// kernel waits until every processor has been idle or in user code, some
+// milliseconds for each group.
 func enter(dirs []string) error {
 	for _, dir := range dirs {
-		if err := write(dir, "cgroup.procs", "0"); err != nil {
+		if err := write(dir, "tasks", "0"); err != nil {
 			return fmt.Errorf("enter its control group: %w", err)
 		}
 	}
