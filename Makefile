@@ -17,7 +17,8 @@ SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStar
 
 # The packages that are quick to test, and those that run the real programs.
 UNIT        = $(shell $(GO) list ./... | grep -v /internal/integration)
-INTEGRATION := ./internal/integration/...
+# Go does not see that they depend on the programs, so their results are not kept.
+INTEGRATION := -count 1 -parallel 4 ./internal/integration/...
 # A skip that .ci/skips does not list fails the run where CI is set.
 GOTEST := $(GO) run tools/gotest/main.go -skips .ci/skips $(if $(CI),-strict)
 LINT   := $(GO) tool -modfile=tools/go.mod golangci-lint
@@ -67,7 +68,7 @@ integration: ## tests that run the real programs
 # Alone and one test after another: its bounds are those of a quiet machine.
 .PHONY: soak
 soak: ## rollouts, crashes and cold starts for minutes, with the numbers they are to keep
-	@TAKO_SOAK=1 $(GOTEST) -show -- soak -timeout 30m -parallel 1 -count 1 -run '$(SOAK)' $(INTEGRATION)
+	@TAKO_SOAK=1 $(GOTEST) -show -- soak -timeout 30m -run '$(SOAK)' $(INTEGRATION) -parallel 1
 
 .PHONY: integration-slow
 integration-slow: ## the same with apps of real frameworks, installed by npm
