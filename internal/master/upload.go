@@ -65,7 +65,7 @@ func (s *server) upload(ctx context.Context, id tako.AppID, version tako.Release
 	if err != nil {
 		// The copier reads from the caller's connection: it has to end before we do.
 		// What it waits for ends with the connection's own time limits.
-		_ = <-copied
+		<-copied //nolint:errcheck // what the agent says counts
 		if e := tako.AsError(err); e.Code == tako.CodeInternal {
 			return none, err
 		}
