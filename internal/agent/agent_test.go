@@ -163,6 +163,7 @@ func (r *rig) app(n uint32, kind string, more ...string) *wire.Start {
 	}
 	m.Command = wire.Command{Dir: r.dir, Argv: append([]string{r.prog, "test-app", kind}, more...), Env: []string{
 		"PATH=/usr/bin:/bin", "HOST=127.0.0.1", fmt.Sprintf("PORT=%d", m.Port), "TAKO_APP_SOCKET=" + m.Socket,
+		"GORACE=atexit_sleep_ms=0", // the race detector's wait at each exit
 	}}
 	return m
 }

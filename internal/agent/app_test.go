@@ -86,6 +86,43 @@ func testApp(kind string) {
 		}
 		go serve("tcp", tcp, 200)
 		select {}
+	case "daemon", "daemon-clean": // a grandchild out of sight: another session, no parent, no files
+		self, _ := os.Executable()
+		p, err := os.StartProcess(self, []string{self, "test-app", kind + "-parent"}, &os.ProcAttr{Env: os.Environ(), Files: []*os.File{nil, os.Stdout, os.Stderr}, Sys: &syscall.SysProcAttr{Setsid: true}})
+		if err != nil {
+			panic(err)
+		}
+		_, _ = p.Wait()
+		go serve("tcp", tcp, 200)
+	case "daemon-parent", "daemon-clean-parent":
+		env := os.Environ()
+		if kind == "daemon-clean-parent" {
+			env = []string{}
+		}
+		self, _ := os.Executable()
+		p, err := os.StartProcess(self, []string{self, "test-app", "deaf"}, &os.ProcAttr{Env: env, Files: []*os.File{nil, nil, nil}, Sys: &syscall.SysProcAttr{Setsid: true}})
+		if err != nil {
+			panic(err)
+		}
+		fmt.Println("grandchild", p.Pid)
+		return
+	case "eat":
+		var all [][]byte
+		for range 64 {
+			b := make([]byte, 8<<20)
+			for i := 0; i < len(b); i += 4096 {
+				b[i] = 1
+			}
+			all = append(all, b)
+		}
+		fmt.Println("ate", len(all))
+		return
+	case "chatter":
+		for i := range 3000 {
+			fmt.Printf("line %d\n", i)
+		}
+		fmt.Println("the reason is on this line")
+		os.Exit(1)
 	case "deaf":
 		signal.Ignore(syscall.SIGTERM)
 		select {}

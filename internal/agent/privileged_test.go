@@ -101,23 +101,29 @@ func TestTreeThatIsSomebodyElsesNamesTheCommandToRun(t *testing.T) {
 
 // newCapableRig is a rig whose agent is a process of tako-agent's user, with the
 // three capabilities of the design and no others.
-func newCapableRig(tb testing.TB) *rig {
+func newCapableRig(tb testing.TB) *rig { return newCapableRigWith(tb, privileged) }
+
+func newCapableRigWith(tb testing.TB, settings wire.AgentSettings) *rig {
 	tb.Helper()
 	r, theirs := prepare(tb)
+	channel := theirs.File("channel")
 	p, err := os.StartProcess(r.prog, []string{"tako-agent", "test-agent"}, &os.ProcAttr{
-		Dir: "/", Env: []string{}, Files: []*os.File{nil, os.Stderr, os.Stderr, theirs.File("channel")},
+		Dir: "/", Env: []string{}, Files: []*os.File{nil, os.Stderr, os.Stderr, channel},
 		Sys: &syscall.SysProcAttr{
 			Credential:  &syscall.Credential{Uid: agentUID, Gid: agentUID, Groups: []uint32{netGID}},
 			AmbientCaps: []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL},
 		},
 	})
 	must(tb, err)
-	theirs.Close()
+	must(tb, channel.Close())
 	go func() {
 		_, err := p.Wait()
 		r.ended <- err
 	}()
-	r.greet(privileged)
+	if settings.Groups.V2 != "" { // as tako-master does
+		must(tb, os.WriteFile(settings.Groups.V2+"/main/cgroup.procs", fmt.Append(nil, p.Pid), 0))
+	}
+	r.greet(settings)
 	return r
 }
 

@@ -105,7 +105,7 @@ func (g *Groups) make(name string, l wire.Limits) (*group, string) {
 				by["cgroup v2"] = true
 				continue
 			}
-		} else if path := dir(c.v1); path != "" {
+		} else if path := groupV1(c.asked || c.name == "pids" && made.v2 == "", c.v1, dir); path != "" {
 			made.v1 = append(made.v1, path)
 			*c.in = path
 			if c.asked && c.set(l, path, false) == nil {
@@ -133,6 +133,17 @@ func (g *Groups) make(name string, l wire.Limits) (*group, string) {
 		return nil, text
 	}
 	return made, text
+}
+
+// groupV1 makes a group of version 1 if it is needed: for a limit, or, where there
+// is no version 2, to find a process's descendants by. To enter one costs tens of
+// milliseconds (the kernel waits for a grace period), which a cold start would
+// feel.
+func groupV1(needed bool, parent string, dir func(string) string) string {
+	if !needed {
+		return ""
+	}
+	return dir(parent)
 }
 
 // find returns the group that another agent made under this name, nil if there is
