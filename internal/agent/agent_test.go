@@ -488,25 +488,44 @@ func TestEndOfTheChannelStopsEverything(t *testing.T) {
 	}
 }
 
-func TestWrongMessageEndsTheChannel(t *testing.T) {
-	for name, change := range map[string]func(r *rig, m *wire.Start){
-		"port out of range": func(_ *rig, m *wire.Start) { m.Port = 80 },
-		"relative folder":   func(_ *rig, m *wire.Start) { m.Command.Dir = "releases/v1" },
-		"no command":        func(_ *rig, m *wire.Start) { m.Command.Argv = nil },
-		"header in a path":  func(_ *rig, m *wire.Start) { m.Probe.Path = "/x\r\nA: b" },
-		"the same twice":    func(r *rig, m *wire.Start) { r.start(m) },
+func TestWrongStartFailsAndHarmsNoOther(t *testing.T) {
+	r := newRig(t, wire.AgentSettings{PortMin: 1000, PortMax: 65535})
+	good := r.app(1, "silent")
+	r.start(good)
+	n := uint32(1)
+	for name, change := range map[string]func(m *wire.Start){
+		"port out of range": func(m *wire.Start) { m.Port = 80 },
+		"relative folder":   func(m *wire.Start) { m.Command.Dir = "releases/v1" },
+		"no command":        func(m *wire.Start) { m.Command.Argv = nil },
+		"header in a path":  func(m *wire.Start) { m.Probe.Path = "/x\r\nA: b" },
 	} {
-		t.Run(name, func(t *testing.T) {
-			r := newRig(t, wire.AgentSettings{PortMin: 1000, PortMax: 65535})
-			m := r.app(1, "silent")
-			change(r, m)
-			must(t, r.conn.Send(0, m))
-			err := <-r.ended
-			r.ended <- err
-			if !errors.Is(err, ipc.ErrProtocol) {
-				t.Errorf("Run: %v", err)
-			}
-		})
+		n++
+		m := r.app(n, "silent")
+		change(m)
+		must(t, r.conn.Send(0, m))
+		if f := want[*wire.StartFailed](r); f.Instance != m.Instance || f.Reason == "" {
+			t.Errorf("%s: %+v", name, f)
+		}
+	}
+	must(t, r.conn.Send(0, &wire.Stop{Instance: good.Instance}))
+	if e := want[*wire.Exited](r); e.Instance != good.Instance {
+		t.Errorf("%+v", e)
+	}
+}
+
+func TestStartOfWhatRunsEndsTheChannel(t *testing.T) {
+	r := newRig(t, unprivileged)
+	m := r.app(1, "silent")
+	r.start(m)
+	must(t, r.conn.Send(0, m))
+	select {
+	case err := <-r.ended:
+		r.ended <- err
+		if !errors.Is(err, ipc.ErrProtocol) {
+			t.Errorf("Run: %v", err)
+		}
+	case <-time.After(patience):
+		t.Error("the agent goes on")
 	}
 }
 

@@ -73,6 +73,9 @@ func (a *agent) dropLog(l *sharedLog) {
 // start begins an instance. A message that no correct master sends is an error.
 func (a *agent) start(m *wire.Start) error {
 	t := a.target(m)
+	if a.instances[m.Instance] != nil { // to say that it failed would be untrue of the first
+		return fmt.Errorf("%w: start %s: it is there already", ipc.ErrProtocol, m.Instance)
+	}
 	if err := a.checkStart(m, &t); err != nil {
 		// One instance that cannot be started is no reason to end all the others.
 		a.log.Error("start refused", logging.Instance, m.Instance.String(), logging.Reason, err.Error())

@@ -140,6 +140,7 @@ func (a *app) routes() http.Handler {
 	mux.HandleFunc("/remove", remove)
 	mux.HandleFunc("/slow", slow)
 	mux.HandleFunc("/bytes", size)
+	mux.HandleFunc("/eat", eat)
 	mux.HandleFunc("/echo", echo)
 	mux.HandleFunc("/stream", stream)
 	mux.HandleFunc("/upgrade", upgrade)
@@ -206,6 +207,18 @@ func size(w http.ResponseWriter, r *http.Request) {
 	n, _ := strconv.ParseInt(r.FormValue("n"), 10, 64)
 	io.CopyN(w, zeros{}, n)
 }
+
+// eat takes ?n= bytes of memory and keeps them.
+func eat(w http.ResponseWriter, r *http.Request) {
+	n, _ := strconv.Atoi(r.FormValue("n"))
+	eaten = append(eaten, make([]byte, n)...)
+	for i := 0; i < len(eaten); i += 4096 {
+		eaten[i] = 1
+	}
+	fmt.Fprintln(w, len(eaten))
+}
+
+var eaten []byte
 
 type zeros struct{}
 
