@@ -174,6 +174,15 @@ func read(r io.Reader, allowed allowance) (tally, error) {
 		case "output":
 			output[key] = append(output[key], e.Output)
 		case "pass", "fail", "skip":
+			if e.Test == "" && e.Action == "fail" {
+				// What was under way at a panic or a timeout never ends.
+				for k, lines := range output {
+					if strings.HasPrefix(k, e.Package+" ") && k != key {
+						fmt.Print(strings.Join(lines, ""))
+						delete(output, k)
+					}
+				}
+			}
 			end(&t, e, output[key], allowed)
 			if e.FailedBuild != "" {
 				fmt.Print(strings.Join(output[e.FailedBuild], ""))
