@@ -48,7 +48,7 @@ func groupsFor(tb testing.TB, v1, v2 bool, uid int) wire.Groups {
 		if above == "" {
 			return ""
 		}
-		dir, err := os.MkdirTemp(above, "tako-test-")
+		dir, err := os.MkdirTemp(above, "tako-test-") //nolint:usetesting // it has to be in that hierarchy
 		if err != nil {
 			tb.Logf("no control group in %s: %v", above, err)
 			return ""
@@ -80,21 +80,6 @@ func groupsFor(tb testing.TB, v1, v2 bool, uid int) wire.Groups {
 		must(tb, os.Mkdir(g.V2+"/main", 0o755))
 	}
 	return g
-}
-
-// waitLine waits until the log has a line of this kind, and returns the rest of it.
-func (r *rig) waitLine(dir, prefix string) (rest string) {
-	r.tb.Helper()
-	for end := time.Now().Add(patience); ; time.Sleep(5 * time.Millisecond) {
-		b, _ := os.ReadFile(filepath.Join(dir, "current.log"))
-		if _, after, ok := strings.Cut(string(b), `"text":"`+prefix); ok {
-			rest, _, _ = strings.Cut(after, `"`)
-			return strings.TrimSpace(rest)
-		}
-		if time.Now().After(end) {
-			r.tb.Fatalf("no line %q in %s", prefix, b)
-		}
-	}
 }
 
 func TestWhatAnInstanceStartedEndsWithIt(t *testing.T) {
