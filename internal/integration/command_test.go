@@ -105,7 +105,7 @@ func TestRefusalsOfCommands(t *testing.T) {
 		{"rollback", fields{"app": "good", "version": "9"}, `Release '9' not found for app 'good'`},
 		// The protocol itself.
 		{"hello", fields{"protocol_version": 7}, `Protocol version mismatch: client=7 server=1`},
-		{"reload", nil, "Invalid command: unknown variant `reload`, expected one of `hello`, `deploy`, .*"},
+		{"start", nil, "Invalid command: unknown variant `start`, expected one of `hello`, `deploy`, .*"},
 		{"exit_upgrading", fields{"owner": "me"}, `Failed to exit upgrading mode: owner does not hold the upgrade lock\.`},
 	} {
 		all := fields{
