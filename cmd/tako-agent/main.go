@@ -58,7 +58,7 @@ func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	switch err := agent.Run(ctx, agent.Config{Channel: channel, Version: version.String()}, log); {
-	case err == nil:
+	case err == nil, errors.Is(err, agent.ErrReleased):
 		return wire.ExitDone
 	case errors.Is(err, io.EOF):
 		log.Info("tako-master has gone, all instances are stopped")

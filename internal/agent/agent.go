@@ -57,6 +57,9 @@ type Config struct {
 // returns after every goroutine it started. The error is nil if ctx ended, and
 // wraps io.EOF if the master went away and ipc.ErrProtocol if it broke the rules.
 // A process can run one agent at a time.
+//
+// Asked to by Release it returns ErrReleased with its instances running and its
+// goroutines too: the caller exits at once.
 func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	a := &agent{
 		conn:      wire.NewConn(cfg.Channel, wire.LinkAgent, wire.Agent),
@@ -79,7 +82,8 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	}
 
 	var all sync.WaitGroup
-	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var work context.Context
+	work, a.leave = context.WithCancel(context.WithoutCancel(ctx))
 	a.work, a.all = work, &all
 	all.Go(func() { supervise.Reap(work) })
 	received := make(chan wire.Message)
@@ -102,7 +106,10 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	})
 
 	err := a.serve(ctx, received, &lost)
-	cancel() // every instance is asked to stop, every call given up
+	if errors.Is(err, ErrReleased) {
+		return err // the process ends now, and nothing else does
+	}
+	a.leave() // every instance is asked to stop, every call given up
 	_ = a.conn.Close()
 	for m := range received {
 		m.Discard()
@@ -119,6 +126,9 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	}
 	return err
 }
+
+// ErrReleased is returned by Run when the next agent is to take the instances.
+var ErrReleased = errors.New("released by tako-master")
 
 // agent is the state of Run. Only the goroutine of Run touches it, except for
 // the parts that say otherwise.
@@ -138,7 +148,10 @@ type agent struct {
 	calls   chan struct{}
 	dialers chan struct{}
 	work    context.Context // ends when Run does
-	all     *sync.WaitGroup
+	leave   context.CancelFunc
+
+	releasing bool // we leave once nothing is being started
+	all       *sync.WaitGroup
 }
 
 // greet exchanges Hello and takes the settings.
@@ -192,6 +205,9 @@ func (a *agent) greet(ctx context.Context, version string) error {
 // serve is the loop: messages of the master and events of our own, one at a time.
 func (a *agent) serve(ctx context.Context, received <-chan wire.Message, lost *error) error {
 	for {
+		if a.releasing && !a.starting() {
+			return ErrReleased
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -212,6 +228,16 @@ func (a *agent) serve(ctx context.Context, received <-chan wire.Message, lost *e
 	}
 }
 
+// starting reports whether an instance has not come to its Started yet.
+func (a *agent) starting() bool {
+	for _, i := range a.instances {
+		if i.process == nil {
+			return true
+		}
+	}
+	return false
+}
+
 // message acts on one message. Descriptors that it keeps it takes out of m.
 func (a *agent) message(m *wire.Message) error {
 	switch body := m.Body.(type) {
@@ -223,6 +249,9 @@ func (a *agent) message(m *wire.Message) error {
 		return a.adopt(m, body)
 	case *wire.Stop:
 		a.stop(body)
+		return nil
+	case *wire.Release:
+		a.releasing = true
 		return nil
 	case *wire.DialerSocket:
 		return a.addDialer(m)

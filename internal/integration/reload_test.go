@@ -78,6 +78,11 @@ func TestNoRequestFailsInAReload(t *testing.T) {
 	if !ok || after.PID != before.PID || after.Reload.Count != uint64(reloads) {
 		t.Errorf("pid %d and %d reloads, want %d and %d", after.PID, after.Reload.Count, before.PID, reloads)
 	}
+	for i, p := range after.Processes {
+		if p.Role != "tako-master" && (p.PID == before.Processes[i].PID || p.Generation < uint64(reloads)) {
+			t.Errorf("%s is of the old image: pid %d, generation %d", p.Role, p.PID, p.Generation)
+		}
+	}
 	if now := instancePIDs(t, s, "blog"); len(now) != 2 || now[0] != pids[0] || now[1] != pids[1] {
 		t.Errorf("instances %v, before %v", now, pids)
 	}

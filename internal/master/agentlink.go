@@ -89,9 +89,41 @@ func (s *server) serveAgent(ctx context.Context, l *link, onReady func()) (ready
 		l.lastWord()
 		<-l.child.Done()
 		s.orphaned()
+		if l.released.Load() {
+			return ready, errReleased
+		}
 	}
 	return ready, l.why
 }
+
+// errReleased is the end of an agent that was asked to leave to the next one.
+var errReleased = errors.New("it has left to the next agent")
+
+// replaceAgent has the agent leave its instances to a new one, and waits for that.
+func (s *server) replaceAgent(ctx context.Context) error {
+	s.agentMu.Lock()
+	l, came := s.agent, s.agentCame
+	if l != nil {
+		s.agent = nil // what is to be started meanwhile waits for the next
+		l.released.Store(true)
+		l.post(&wire.Release{})
+	}
+	s.agentMu.Unlock()
+	if l != nil {
+		time.AfterFunc(ReleaseTime, func() { l.end(errReleased) })
+	}
+	select {
+	case <-came:
+		return nil
+	case <-time.After(ReleaseTime + ReadyTimeout):
+		return errors.New("the new tako-agent did not come up: instances run on, unwatched, until one does")
+	case <-ctx.Done():
+		return errNoServer
+	}
+}
+
+// ReleaseTime bounds how long an agent may take to leave to the next one.
+const ReleaseTime = 5 * time.Second
 
 // fromAgent takes the agent's word on an instance to its app.
 func (s *server) fromAgent(m wire.Message) {

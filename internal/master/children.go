@@ -71,6 +71,9 @@ type link struct {
 
 	pauser
 
+	// released: an agent that was asked to leave its instances to the next.
+	released atomic.Bool
+
 	endOnce sync.Once
 	ended   chan struct{} // closed when the link is of no more use
 	why     error         // set before ended is closed
@@ -314,6 +317,9 @@ func (s *server) keep(ctx context.Context, role wire.Role, first uint64, run fun
 		ready, err := run(ctx, generation)
 		if ctx.Err() != nil {
 			return
+		}
+		if errors.Is(err, errReleased) {
+			continue
 		}
 		how, served := supervise.NeverReady, time.Duration(0)
 		if !ready.IsZero() {

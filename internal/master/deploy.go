@@ -162,6 +162,10 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 		return none, err
 	}
 	a.prune()
+	a.mu.Lock()
+	revision := a.revision
+	a.mu.Unlock()
+	s.proxies.awaitApplied(ctx, a.id, revision)
 	a.log.Info("deployed", logging.Release, string(r.release), "new", d.New, "old", d.Old)
 	return management.DeployResult{
 		App: a.id, Version: r.release, Rolled: d.Old > 0, NewApp: newApp,

@@ -339,7 +339,8 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 			return
 		}
 		if st != nil {
-			s.goOn(st)
+			s.goOn()
+			s.finishReload(ctx)
 			return
 		}
 		s.restore(ctx, regs)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -26,12 +27,50 @@ type proxyLink struct {
 	// guarded by proxySet.mu
 	traffic map[tako.AppID]wire.AppTraffic
 	quiet   map[tako.InstanceID]int // draining upstreams without a request, and their streams
+	applied map[tako.AppID]uint64   // the newest revision that every later request sees
 }
 
 // proxySet is every living proxy: the serving one, and old ones that drain.
 type proxySet struct {
-	mu    sync.Mutex
-	links []*proxyLink
+	mu      sync.Mutex
+	links   []*proxyLink
+	changed chan struct{} // closed when a revision was applied or a proxy left; nil: nobody waits
+}
+
+// AppliedWait bounds how long a reply waits for the proxies to do as it says.
+const AppliedWait = 2 * time.Second
+
+func (p *proxySet) changedLocked() {
+	if p.changed != nil {
+		close(p.changed)
+		p.changed = nil
+	}
+}
+
+// awaitApplied waits until each proxy that serves has applied a revision of an
+// app, so that a request after the reply finds what the reply says.
+func (p *proxySet) awaitApplied(ctx context.Context, id tako.AppID, revision uint64) {
+	late := time.NewTimer(AppliedWait)
+	defer late.Stop()
+	for {
+		p.mu.Lock()
+		behind := slices.ContainsFunc(p.links, func(l *proxyLink) bool { return l.ready.Load() && l.applied[id] < revision })
+		if p.changed == nil {
+			p.changed = make(chan struct{})
+		}
+		changed := p.changed
+		p.mu.Unlock()
+		if !behind {
+			return
+		}
+		select {
+		case <-changed:
+		case <-late.C:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
 }
 
 // send tells every proxy something, without waiting.
@@ -59,6 +98,7 @@ func (p *proxySet) remove(l *proxyLink) {
 	for i, x := range p.links {
 		if x == l {
 			p.links = append(p.links[:i], p.links[i+1:]...)
+			p.changedLocked()
 			return
 		}
 	}
@@ -96,7 +136,7 @@ func (s *server) giveDialer(l *proxyLink) {
 }
 
 func newProxyLink(l *link) *proxyLink {
-	return &proxyLink{link: l, signing: newPauser(), traffic: make(map[tako.AppID]wire.AppTraffic), quiet: make(map[tako.InstanceID]int)}
+	return &proxyLink{link: l, signing: newPauser(), traffic: make(map[tako.AppID]wire.AppTraffic), quiet: make(map[tako.InstanceID]int), applied: make(map[tako.AppID]uint64)}
 }
 
 // runProxy runs one proxy to its end.
@@ -172,10 +212,6 @@ func (s *server) retireBefore(l *proxyLink) {
 			old.log.Info("drains", "for", l.generation)
 		}
 	}
-	if s.reload.info().Running || s.reload.pending.Load() {
-		s.reload.pending.Store(false)
-		s.reloadEnded(nil)
-	}
 }
 
 // waitForOld is for a new proxy that never became ready: while an older one
@@ -183,7 +219,6 @@ func (s *server) retireBefore(l *proxyLink) {
 func (s *server) waitForOld(ctx context.Context, generation uint64, why error) {
 	for _, old := range s.proxies.all() {
 		if old.generation < generation && !old.draining.Load() {
-			s.reload.pending.Store(false)
 			s.reloadEnded(fmt.Errorf("the new proxy did not become ready (%w): the old one serves on", why))
 			s.proxyReady.Do(func() { close(s.proxyUp) })
 			select {
@@ -249,6 +284,10 @@ func (s *server) fromProxy(l *proxyLink, m wire.Message) {
 	defer m.Discard()
 	switch b := m.Body.(type) {
 	case *wire.Applied:
+		s.proxies.mu.Lock()
+		l.applied[b.App] = b.Revision
+		s.proxies.changedLocked()
+		s.proxies.mu.Unlock()
 	case *wire.Wake:
 		if a := s.lookup(b.App); a != nil {
 			a.step(rollout.Wake{})

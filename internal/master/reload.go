@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -160,8 +159,7 @@ func (st *state) fds() []ipc.FD {
 // reloading is what is known of reloads, for people.
 type reloading struct {
 	mu       sync.Mutex
-	pending  atomic.Bool // in a new image: the new proxy is not ready yet
-	done     uint64      // reloads that reached a new image
+	done     uint64 // reloads that reached a new image
 	failed   uint64
 	running  bool
 	lastErr  string
@@ -453,7 +451,6 @@ func (s *server) takeOver(st *state) error {
 		s.reload.end(errors.New("the new program could not go on: " + st.Back))
 		s.proxyReady.Do(func() { close(s.proxyUp) })
 	} else {
-		s.reload.pending.Store(true)
 		s.reload.begin()
 	}
 	for _, h := range st.Apps {
@@ -611,9 +608,22 @@ func (s *server) goOnWithProxy(ctx context.Context, l *proxyLink) {
 }
 
 // goOn wakes the apps of the image before ours.
-func (s *server) goOn(*state) {
+func (s *server) goOn() {
 	for _, a := range s.allApps() {
 		a.step(rollout.Tick{})
+	}
+}
+
+// finishReload replaces the agent once the new proxy serves, and says how the
+// reload came out, if that has not been said.
+func (s *server) finishReload(ctx context.Context) {
+	select {
+	case <-s.proxyUp:
+	case <-ctx.Done():
+		return
+	}
+	if s.reload.info().Running {
+		s.reloadEnded(s.replaceAgent(ctx))
 	}
 }
 

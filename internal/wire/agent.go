@@ -166,6 +166,11 @@ type Stop struct {
 	GraceMS  int             `json:"grace_ms"`
 }
 
+// Release asks the agent to leave its instances alone and exit with ExitDone: the
+// next one adopts them. What is just being started is started first. A line of
+// output that was read and not yet ended is lost.
+type Release struct{}
+
 // Run runs a command of an app to its end: an install step, a release command.
 // Its output goes to the app's log as stream "build" and its tail comes back.
 type Run struct {

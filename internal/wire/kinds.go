@@ -38,6 +38,7 @@ const (
 	KindRun           Kind = 204
 	KindTree          Kind = 205
 	KindUnpack        Kind = 206
+	KindRelease       Kind = 208
 	KindAdopt         Kind = 207
 	KindStarted       Kind = 220
 	KindStartFailed   Kind = 221

@@ -118,6 +118,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindStart, In: live, New: of[Start]()},
 			{Kind: KindAdopt, In: live, Files: 3, New: of[Adopt]()},
 			{Kind: KindStop, In: live, New: of[Stop]()},
+			{Kind: KindRelease, In: live, Once: true, Next: Draining, New: of[Release]()},
 			{Kind: KindPing, In: []State{Configuring, Serving}, New: of[Ping]()},
 		},
 		Agent: {
