@@ -82,6 +82,7 @@ type app struct {
 	builds    map[rollout.Build]*build
 	procs     map[uint32]*process
 	revision  uint64
+	published uint64 // the last revision that every proxy was told
 	timer     *time.Timer
 	done      chan rollout.Done // of the command under way
 	committer func() error      // what Commit does, for the rollout under way
@@ -367,6 +368,7 @@ func environ(env map[string]string) []string {
 func (a *app) publish() {
 	a.revision++
 	if msg := a.message(); msg != nil {
+		a.published = a.revision
 		a.srv.proxies.send(msg)
 	}
 	v := a.core.View(time.Now())

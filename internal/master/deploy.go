@@ -163,7 +163,7 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 	}
 	a.prune()
 	a.mu.Lock()
-	revision := a.revision
+	revision := a.published
 	a.mu.Unlock()
 	s.proxies.awaitApplied(ctx, a.id, revision)
 	a.log.Info("deployed", logging.Release, string(r.release), "new", d.New, "old", d.Old)
