@@ -34,7 +34,7 @@ const (
 	// HaltTime bounds how long a stop waits for the last instance.
 	HaltTime = 5 * time.Minute
 	// MaxErrorOutput bounds a step's output in an error, in bytes.
-	MaxErrorOutput = 400
+	MaxErrorOutput = 1200
 	// DefaultWaiters and DefaultWait bound the queue of an app that chooses
 	// nothing.
 	DefaultWaiters = 100

@@ -489,7 +489,9 @@ func outputOf(ran *wire.Ran) string {
 		return ""
 	}
 	if len(out) > MaxErrorOutput {
-		out = strings.ToValidUTF8(out[:MaxErrorOutput], "") + "..."
+		// Both ends: the reason of a failing package manager stands at its last.
+		half := MaxErrorOutput / 2
+		out = strings.ToValidUTF8(out[:half]+"\n[...]\n"+out[len(out)-half:], "")
 	}
 	return ": " + out
 }

@@ -97,7 +97,7 @@ func requestHeader(r *http.Request, c client, ids []string) http.Header {
 	out := make(http.Header, len(r.Header)+5)
 	hop := nominated(r.Header)
 	for name, values := range r.Header {
-		if hopByHop[name] || hop[name] {
+		if hopByHop[name] || hop[name] || name == "Proxy" { // Proxy: CGI takes it for HTTP_PROXY
 			continue
 		}
 		if is, disguised := ours(name); is && (disguised || !c.trusted) {

@@ -222,9 +222,9 @@ func TestHeadersToTheApp(t *testing.T) {
 			"X-Forwarded-For": "6.6.6.6, 7.7.7.7, 127.0.0.1", "X-Forwarded-Proto": "HTTPS", "X-Forwarded-Host": "public", "X-Forwarded-Port": "444",
 			"X-Request-Id": "mine", "X_forwarded_proto": "", "Forwarded": "for=6.6.6.6",
 		}},
-		{"hop by hop", nil, "Host: blog.test\r\nConnection: close, X-Mine, Authorization, Cookie, X-Forwarded-For\r\nX-Mine: 1\r\nKeep-Alive: 1\r\nProxy-Connection: x\r\n" +
+		{"hop by hop", nil, "Host: blog.test\r\nConnection: close, X-Mine, Authorization, Cookie, X-Forwarded-For\r\nX-Mine: 1\r\nKeep-Alive: 1\r\nProxy-Connection: x\r\nProxy: http://evil.example\r\n" +
 			"TE: trailers, gzip\r\nAuthorization: a\r\nCookie: b\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\nX-End: 2", map[string]string{
-			"X-Mine": "", "Keep-Alive": "", "Proxy-Connection": "", "Te": "trailers", "Authorization": "a", "Cookie": "b", "X-Forwarded-For": "127.0.0.1",
+			"X-Mine": "", "Keep-Alive": "", "Proxy-Connection": "", "Proxy": "", "Te": "trailers", "Authorization": "a", "Cookie": "b", "X-Forwarded-For": "127.0.0.1",
 			"Upgrade": "", "Http2-Settings": "", "Connection": "", "X-End": "2", "User-Agent": "", "Accept-Encoding": "",
 		}},
 	} {
