@@ -270,13 +270,15 @@ func (r *run) deleteCommand() *cobra.Command {
 func (r *run) logsCommand() *cobra.Command {
 	var lines uint32
 	var follow bool
+	var app string
 	c := &cobra.Command{
-		Use: "logs APP", Short: "Show what an app wrote", Args: cobra.ExactArgs(1),
+		Use: "logs APP", Short: "Show what an app wrote", Args: cobra.MaximumNArgs(1),
 		Long:    "Logs shows the newest lines of an app's output, oldest first. With --json each\nline is a JSON object of its own.",
 		Example: "  takoctl logs blog -n 20\n  takoctl logs blog -f",
 	}
 	c.Flags().Uint32VarP(&lines, "lines", "n", management.DefaultLogLines, "how many lines")
 	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on with new lines as they come")
+	c.Flags().StringVar(&app, "app", "", "the app, in place of the argument")
 	c.PreRun = func(cmd *cobra.Command, _ []string) {
 		if follow && !cmd.Flags().Changed("timeout") {
 			r.timeout = 0
@@ -286,7 +288,14 @@ func (r *run) logsCommand() *cobra.Command {
 		if lines > management.MaxLogLines {
 			return usagef("-n %d: at most %d lines are given", lines, management.MaxLogLines)
 		}
-		req := management.LogsRequest{App: tako.AppID(args[0]), Lines: int(lines), Follow: follow}
+		switch {
+		case len(args) == 1 && app == "":
+			app = args[0]
+		case len(args) == 0 && app != "":
+		default:
+			return usagef("logs wants one app: takoctl logs APP")
+		}
+		req := management.LogsRequest{App: tako.AppID(app), Lines: int(lines), Follow: follow}
 		return s.Logs(ctx, req, r.logLine)
 	})
 }

@@ -170,9 +170,10 @@ type appStatus struct {
 }
 
 type instanceStatus struct {
-	ID    uint32 `json:"id"`
-	State string `json:"state"`
-	PID   int    `json:"pid"`
+	ID      uint32 `json:"id"`
+	Process string `json:"process"`
+	State   string `json:"state"`
+	PID     int    `json:"pid"`
 }
 
 func status(t *testing.T, s *takotest.Server, app string) appStatus {

@@ -195,7 +195,7 @@ func tail(dir string, newest *os.File, end int64, want int, keep func(management
 	return got[max(0, len(got)-want):]
 }
 
-// lastLines returns the newest lines of one instance.
+// lastLines returns the newest lines that one instance itself wrote.
 func lastLines(dir string, instance uint32, want int) []string {
 	f, err := openLog(dir, 0)
 	if err != nil || f == nil {
@@ -207,7 +207,7 @@ func lastLines(dir string, instance uint32, want int) []string {
 		return nil
 	}
 	var texts []string
-	for _, line := range tail(dir, f, end, want, func(l management.LogLine) bool { return l.Instance == instance }) {
+	for _, line := range tail(dir, f, end, want, func(l management.LogLine) bool { return l.Instance == instance && l.Stream != "tako" }) {
 		texts = append(texts, line.Text)
 	}
 	return texts

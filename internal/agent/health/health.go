@@ -148,7 +148,9 @@ func (t *Target) comeUp(ctx context.Context, report func(wire.Probed)) (wire.Tra
 		case <-wait.C:
 		}
 		for _, via := range []wire.Transport{wire.TransportUnix, wire.TransportTCP} {
-			a, tried := t.ask(ctx, via, StartTimeout)
+			// Short of the whole time to become ready, so that one which listens and
+			// does not answer can still be told from one that never listened.
+			a, tried := t.ask(ctx, via, min(StartTimeout, max(t.ReadyWithin/2, 100*time.Millisecond)))
 			if ctx.Err() != nil {
 				return "", false
 			}
