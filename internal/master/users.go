@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/user"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -24,21 +25,39 @@ const (
 // netGroup is the group that instance sockets belong to.
 const netGroup = "tako-net"
 
-// powers reports whether we may start programs as other users.
-func powers() bool {
+// capabilities returns our effective capabilities, as bits.
+func capabilities() uint64 {
 	f, err := os.Open("/proc/self/status")
 	if err != nil {
-		return os.Geteuid() == 0
+		return 0
 	}
 	defer f.Close()
 	for lines := bufio.NewScanner(f); lines.Scan(); {
 		if hex, ok := strings.CutPrefix(lines.Text(), "CapEff:"); ok {
 			caps, err := strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-			need := uint64(1<<unix.CAP_SETUID | 1<<unix.CAP_SETGID | 1<<unix.CAP_KILL)
-			return err == nil && caps&need == need
+			if err != nil {
+				return 0
+			}
+			return caps
 		}
 	}
-	return false
+	return 0
+}
+
+// agentPowers are what the agent needs to start programs as other users. Without
+// the last one it cannot empty its instances' bounding sets.
+var agentPowers = []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL, unix.CAP_SETPCAP}
+
+// powers returns those of agentPowers that we can hand on, and whether they are
+// enough to start programs as other users.
+func powers() (have []uintptr, enough bool) {
+	caps := capabilities()
+	for _, c := range agentPowers {
+		if caps&(1<<c) != 0 {
+			have = append(have, c)
+		}
+	}
+	return have, len(have) >= 3 && slices.Equal(have[:3], agentPowers[:3])
 }
 
 // account finds a user by name or UID:GID.
@@ -75,8 +94,8 @@ func groupID(name string) (gid uint32, ok bool) {
 
 // identities settles whom the children run as. Without powers they run as we do.
 func (s *server) identities() error {
-	s.privileged = powers()
-	if !s.privileged {
+	keep, enough := powers()
+	if s.privileged = enough; !enough {
 		return nil
 	}
 	pu, pg, err := account("--proxy-user", s.s.ProxyUser, fallbackProxy)
@@ -95,7 +114,7 @@ func (s *server) identities() error {
 	s.proxyID = &sandbox.Identity{UID: pu, GID: pg, Groups: []uint32{net}}
 	s.agentID = &sandbox.Identity{
 		UID: au, GID: ag, Groups: []uint32{net},
-		Keep: []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL, unix.CAP_SETPCAP},
+		Keep: keep,
 	}
 	return nil
 }
