@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"tako/internal/takotest"
 )
 
@@ -66,6 +68,36 @@ func TestAnOrdinaryUserRunsTheWholeServer(t *testing.T) {
 	}
 	if _, err := s.Ask("delete", map[string]any{"app": "blog"}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestCapableUserGivesEveryAppItsOwn runs the server as systemd would: not root,
+// with the capabilities to start programs as other users.
+func TestCapableUserGivesEveryAppItsOwn(t *testing.T) {
+	t.Parallel()
+	asRoot(t)
+	s := prepare(t, takotest.Options{User: ordinary, Caps: []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL}})
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	upload(t, s, "blog", "1", quick(nil))
+	upload(t, s, "shop", "1", quick(nil))
+	blog, shop := about(t, s, "blog.localhost").UID, about(t, s, "shop.localhost").UID
+	if blog < 70_000 || shop < 70_000 || blog == shop {
+		t.Errorf("the apps run as uid %d and %d, want two of their own from 70000 on", blog, shop)
+	}
+	for path, mode := range map[string]os.FileMode{"": 0o710, "releases": 0o710, "data": 0o700, "tmp": 0o700, "releases/1": 0o750, "secrets.json": 0o600} {
+		fi, err := os.Stat(filepath.Join(s.Data, "apps", "blog", path))
+		if err != nil || fi.Mode().Perm() != mode {
+			t.Errorf("apps/blog/%s: %v, %v; want mode %o", path, fi.Mode(), err, mode)
+		}
+	}
+	if r := reload(t, s); r.LastError != "" {
+		t.Errorf("reload: %s", r.LastError)
+	}
+	upload(t, s, "blog", "2", quick(nil))
+	if a := about(t, s, "blog.localhost"); a.Version != "2" || a.UID != blog {
+		t.Errorf("after a reload and a deploy: version %s as uid %d, want 2 as %d", a.Version, a.UID, blog)
 	}
 }
 

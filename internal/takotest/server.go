@@ -34,6 +34,9 @@ type Options struct {
 	Flags []string
 	// Env is added to the environment of this process.
 	Env []string
+	// Caps are capabilities that a server of another user gets, as from systemd's
+	// AmbientCapabilities=.
+	Caps []uintptr
 	// User is who the server runs as, by number; 0 is who the test runs as. Only
 	// root can choose.
 	User uint32
@@ -162,6 +165,7 @@ func (s *Server) Launch() error {
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if id := s.options.User; id != 0 {
 		s.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
+		s.cmd.SysProcAttr.AmbientCaps = s.options.Caps
 	}
 	// A process that outlives the server may hold its output open.
 	s.cmd.WaitDelay = time.Second
