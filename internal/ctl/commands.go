@@ -345,9 +345,16 @@ func (r *run) showServer(i management.ServerInfo) {
 	case i.ACMEStaging:
 		line("acme", "staging")
 	default:
-		line("acme", "on")
+		line("acme", "wanted; this version obtains no certificates yet")
 	}
 	line("isolation", "%s", i.Isolation)
+	if r := i.Reload; r != nil && r.Count+r.Failed > 0 {
+		text := fmt.Sprintf("%d times", r.Count)
+		if r.LastError != "" {
+			text += ", the last one failed: " + r.LastError
+		}
+		line("reloaded", "%s", text)
+	}
 	if len(i.Processes) == 0 {
 		return
 	}

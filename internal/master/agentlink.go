@@ -110,7 +110,15 @@ func (s *server) replaceAgent(ctx context.Context) error {
 	}
 	s.agentMu.Unlock()
 	if l != nil {
-		time.AfterFunc(ReleaseTime, func() { l.end(errReleased) })
+		// Killed, and not only cut off: at the end of its channel an agent stops its
+		// instances, and when it dies it does not.
+		time.AfterFunc(ReleaseTime, func() {
+			select {
+			case <-l.ended:
+			default:
+				l.kill(errReleased)
+			}
+		})
 	}
 	select {
 	case <-came:

@@ -59,8 +59,9 @@ type Config struct {
 const Usage = `tako-master runs many web apps on this host and stands between them and the internet.
 
 It starts tako-proxy and tako-agent from its own folder, opens the ports, keeps
-its state in the data root, and answers takoctl on the management socket. Stop it
-with SIGTERM.
+its state in the data root, and answers takoctl on the management socket. SIGTERM
+stops it in order; SIGHUP reloads it: the installed version and the settings take
+over in the same process, and no request is lost.
 
 Usage:
   tako-master [flags]
@@ -88,7 +89,7 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringSliceVar(&c.ListenAddress, "listen-address", nil, "addresses to listen on (default: all of IPv4 and IPv6)")
 	f.StringVar(&c.DataDir, "data-dir", paths.DefaultData, "data root: apps, state, certificates")
 	f.StringVar(&c.SettingsFile, "config", "", "settings file (default: "+paths.SettingsName+" in the data root, if it is there)")
-	f.BoolVar(&c.NoACME, "no-acme", false, "do not obtain certificates from a public authority")
+	f.BoolVar(&c.NoACME, "no-acme", false, "do not ask for certificates of a public authority (this version obtains none yet)")
 	f.BoolVar(&c.ACMEStaging, "acme-staging", false, "use the authority's staging directory")
 	f.StringVar(&c.ACMEEmail, "acme-email", "", "contact for the authority")
 	f.Uint64Var(&c.RenewalHours, "renewal-interval-hours", 12, "how often certificates are looked at for renewal")

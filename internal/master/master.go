@@ -193,14 +193,9 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	if gid, ok := groupID(s.s.SocketGroup); ok {
 		s.socketGID = gid
 	}
-	if s.agentProgram, err = openProgram(wire.Agent, s.s.LibexecDir); err != nil {
+	if err := s.openPrograms(st); err != nil {
 		return nil, nil, err
 	}
-	s.undo = append(s.undo, s.agentProgram.fd.Close)
-	if s.proxyProgram, err = openProgram(wire.Proxy, s.s.LibexecDir); err != nil {
-		return nil, nil, err
-	}
-	s.undo = append(s.undo, s.proxyProgram.fd.Close)
 	if st != nil {
 		mgmt, err = s.inherit(st)
 	} else {
@@ -238,6 +233,25 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		s.log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
 	}
 	return mgmt, regs, nil
+}
+
+// openPrograms opens the children's programs: the installed ones, or those that
+// belong to us if we are the old program that a newer one went back to.
+func (s *server) openPrograms(st *state) (err error) {
+	if st != nil && st.Back != "" {
+		s.agentProgram = program{role: wire.Agent, fd: st.AgentProgram}
+		s.proxyProgram = program{role: wire.Proxy, fd: st.ProxyProgram}
+		return nil
+	}
+	if s.agentProgram, err = openProgram(wire.Agent, s.s.LibexecDir); err != nil {
+		return err
+	}
+	s.undo = append(s.undo, s.agentProgram.fd.Close)
+	if s.proxyProgram, err = openProgram(wire.Proxy, s.s.LibexecDir); err != nil {
+		return err
+	}
+	s.undo = append(s.undo, s.proxyProgram.fd.Close)
+	return nil
 }
 
 func (s *server) openStore(ctx context.Context) (err error) {

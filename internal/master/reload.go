@@ -60,6 +60,9 @@ type state struct {
 	// go on executes it again, once, with Back saying why.
 	Program ipc.FD `json:"program"`
 	Back    string `json:"back"`
+	// AgentProgram and ProxyProgram belong to Program.
+	AgentProgram ipc.FD `json:"agent_program"`
+	ProxyProgram ipc.FD `json:"proxy_program"`
 
 	Lock      ipc.FD           `json:"lock"`
 	Mgmt      ipc.FD           `json:"mgmt"`
@@ -134,7 +137,7 @@ type handedProcess struct {
 
 // fds are the descriptors that must stay open over the exec.
 func (st *state) fds() []ipc.FD {
-	all := []ipc.FD{st.Program, st.Lock, st.Mgmt}
+	all := []ipc.FD{st.Program, st.AgentProgram, st.ProxyProgram, st.Lock, st.Mgmt}
 	for _, l := range st.Listeners {
 		all = append(all, l.FD)
 	}
@@ -236,7 +239,7 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 	cmd.Args[0] = "tako-master"
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
+	if err := runOwn(cmd); err != nil {
 		why := strings.TrimSpace(errs.String())
 		if why == "" {
 			why = strings.TrimSpace(out.String())
@@ -247,10 +250,28 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 	if err := json.Unmarshal(out.Bytes(), &said); err != nil {
 		return 0, fmt.Errorf("the installed %s is no tako-master that can be reloaded into", s.selfPath)
 	}
+	if said.Socket != s.layout.Socket || said.Data != s.layout.Data {
+		return 0, fmt.Errorf("the settings now name the socket %s and the data root %s: these change only with a restart", said.Socket, said.Data)
+	}
 	if said.Protocol != wire.ProtocolVersion || said.Schema < stateSchema || said.Schema > stateSchema+1 {
 		return 0, fmt.Errorf("the installed version %s speaks another protocol (%d, state %d): restart the server to change to it", said.Version, said.Protocol, said.Schema)
 	}
 	return ipc.FD(fd), nil
+}
+
+// runOwn is cmd.Run with a child that the reaper of orphans leaves to us.
+func runOwn(cmd *exec.Cmd) error {
+	err := supervise.Fork(func() (int, error) {
+		if err := cmd.Start(); err != nil {
+			return 0, err
+		}
+		return cmd.Process.Pid, nil
+	})
+	if err != nil {
+		return err
+	}
+	defer supervise.Waited(cmd.Process.Pid)
+	return cmd.Wait()
 }
 
 func firstLines(s string, n int) string {
@@ -263,6 +284,8 @@ type preflightReply struct {
 	Version  string `json:"version"`
 	Protocol int    `json:"protocol"`
 	Schema   int    `json:"schema"`
+	Socket   string `json:"socket"`
+	Data     string `json:"data"`
 }
 
 // Preflight is the new program's side of the check before a reload: db is a copy
@@ -293,7 +316,7 @@ func Preflight(ctx context.Context, c Config, version, db string) (reply string,
 	if err := d.Close(); err != nil {
 		return "", err
 	}
-	b, err := json.Marshal(preflightReply{Version: version, Protocol: wire.ProtocolVersion, Schema: stateSchema})
+	b, err := json.Marshal(preflightReply{Version: version, Protocol: wire.ProtocolVersion, Schema: stateSchema, Socket: set.layout.Socket, Data: set.layout.Data})
 	return string(b), err
 }
 
@@ -336,6 +359,7 @@ func (s *server) handOver(program ipc.FD, mgmt *net.UnixListener) error {
 	if st.Mgmt, err = dup(func() (ipc.FD, error) { return dupOf(mgmt) }); err != nil {
 		return err
 	}
+	st.AgentProgram, st.ProxyProgram = s.agentProgram.fd, s.proxyProgram.fd
 	for _, l := range s.listeners {
 		st.Listeners = append(st.Listeners, handedListener{Name: l.name, FD: l.fd})
 	}
