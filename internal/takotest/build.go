@@ -8,10 +8,12 @@ package takotest
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 )
@@ -101,17 +103,42 @@ func TempDir() (string, error) {
 	return dir, os.Chmod(dir, 0o711)
 }
 
+// The range of FreePorts: below instances' ports and those that the kernel gives to
+// connections, one of which could sit on a port while its server restarts.
+const (
+	firstPort = 10_000
+	lastPort  = 19_999
+)
+
+// handed are the ports that FreePorts has given away.
+var handed = struct {
+	sync.Mutex
+	ports map[int]bool
+}{ports: make(map[int]bool)}
+
 // FreePorts finds n different TCP ports on the loopback address that nobody
-// listens on now.
+// listens on now, and that it gives to nobody else in this process.
 func FreePorts(n int) ([]int, error) {
-	ports := make([]int, n)
-	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	handed.Lock()
+	defer handed.Unlock()
+	var ports []int
+	for tries := 0; len(ports) < n; tries++ {
+		if tries > 10_000 {
+			return nil, fmt.Errorf("no %d free ports from %d to %d", n, firstPort, lastPort)
+		}
+		port := firstPort + rand.IntN(lastPort-firstPort+1)
+		if handed.ports[port] {
+			continue
+		}
+		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 		if err != nil {
+			continue
+		}
+		if err := l.Close(); err != nil {
 			return nil, err
 		}
-		defer l.Close() // when all are known: they must differ
-		ports[i] = l.Addr().(*net.TCPAddr).Port
+		handed.ports[port] = true
+		ports = append(ports, port)
 	}
 	return ports, nil
 }
