@@ -50,6 +50,9 @@ func (r *run) showStatus(a management.AppStatus) {
 		line("instances", "%d wanted", a.Wanted)
 	}
 	line("routes", "%s", clean(strings.Join(a.Routes, ", ")))
+	if len(a.Instances) > 0 && a.Instances[0].Limits != "" {
+		line("limits", "kept by %s", clean(a.Instances[0].Limits))
+	}
 	if a.LastError != nil {
 		line("last error", "%s", clean(*a.LastError))
 	}
