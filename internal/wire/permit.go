@@ -66,7 +66,6 @@ const (
 var (
 	begin  = []State{Starting}
 	set    = []State{Configuring}
-	setup  = []State{Configuring, Serving}
 	live   = []State{Serving}
 	toEnd  = []State{Serving, Draining}
 	always = []State{Configuring, Serving, Draining}
@@ -83,14 +82,14 @@ var permits = typed(map[Link]map[Role][]Rule{
 				return len(m.(*Listeners).Names)
 			}},
 			{Kind: KindSigner, In: set, Once: true, Files: 1, New: of[Signer]()},
-			{Kind: KindDialer, In: setup, Files: 1, New: of[Dialer]()},
-			{Kind: KindProxySettings, In: setup, New: of[ProxySettings]()},
-			{Kind: KindTicketKeys, In: setup, New: of[TicketKeys]()},
-			{Kind: KindCertificate, In: setup, New: of[Certificate]()},
-			{Kind: KindCertificateGone, In: setup, New: of[CertificateGone]()},
+			{Kind: KindDialer, In: always, Files: 1, New: of[Dialer]()},
+			{Kind: KindProxySettings, In: always, New: of[ProxySettings]()},
+			{Kind: KindTicketKeys, In: always, New: of[TicketKeys]()},
+			{Kind: KindCertificate, In: always, New: of[Certificate]()},
+			{Kind: KindCertificateGone, In: always, New: of[CertificateGone]()},
 			{Kind: KindApp, In: always, New: of[App]()},
 			{Kind: KindAppGone, In: always, New: of[AppGone]()},
-			{Kind: KindChallenge, In: setup, New: of[Challenge]()},
+			{Kind: KindChallenge, In: always, New: of[Challenge]()},
 			{Kind: KindServe, In: set, Once: true, Next: Serving, New: of[Serve]()},
 			{Kind: KindPing, In: always, New: of[Ping]()},
 			{Kind: KindDrain, In: live, Once: true, Next: Draining, New: of[Drain]()},

@@ -23,6 +23,7 @@ import (
 //	  | ---- Ping --> <--- Pong -----------------------   |
 //	  |                                                   |
 //	  | ---- Drain ------------------------------------>  |  Draining: it accepts no more
+//	  | ---- whatever it may be told while it serves -->  |  its last requests need it
 //	  | <--- Applied, Quiet, Unreachable, Traffic ------  |
 //	  | <--- Drained ----------------------------------   |  and exits with ExitDone
 //
