@@ -303,9 +303,10 @@ func (l *link) beat(ctx context.Context) {
 		})
 }
 
-// AgentPause is the longest pause before the next agent if the last one served:
-// meanwhile instances on TCP cannot be connected to, and requests wait for that.
-const AgentPause = 500 * time.Millisecond
+// ServedPause is the longest pause before the next child if the last one served:
+// meanwhile connections wait in the listening sockets for a proxy, and requests to
+// instances on TCP for an agent.
+const ServedPause = 500 * time.Millisecond
 
 // keep runs a child for ever: start it, serve it, and after its end start the
 // next, with the pauses of the policy. run returns once the child has ended, with
@@ -326,8 +327,8 @@ func (s *server) keep(ctx context.Context, role wire.Role, first uint64, run fun
 			how, served = supervise.Crashed, time.Since(ready)
 		}
 		pause := policy.Next(how, served)
-		if role == wire.Agent && how == supervise.Crashed {
-			pause = min(pause, AgentPause)
+		if how == supervise.Crashed {
+			pause = min(pause, ServedPause)
 		}
 		s.log.Error("child ended; starting it again", logging.Role, string(role), logging.Generation, generation, "in", pause.String(), logging.Err, err)
 		select {
