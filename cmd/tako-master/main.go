@@ -22,10 +22,13 @@ func main() {
 	// process was here before, or ends the process.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	os.Exit(run(os.Args[1:], hup))
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	status := run(ctx, os.Args[1:], hup)
+	stop()
+	os.Exit(status)
 }
 
-func run(args []string, hup <-chan os.Signal) int {
+func run(ctx context.Context, args []string, hup chan os.Signal) int {
 	var c master.Config
 	flags := master.NewFlags(&c)
 	flags.Usage = func() { fmt.Fprint(os.Stdout, master.Usage+flags.FlagUsages()) }
@@ -66,8 +69,6 @@ func run(args []string, hup <-chan os.Signal) int {
 	if err != nil {
 		return fail(wire.ExitUsage, err)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
 	signal.Ignore(syscall.SIGPIPE)
 	if err := master.Run(ctx, c, version.Version, hup, log); err != nil {
 		return fail(wire.ExitFailed, err)

@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -76,10 +77,12 @@ type server struct {
 	agentProgram program
 	proxyProgram program
 
+	hup       chan os.Signal
 	selfPath  string   // of the installed tako-master
 	lock      *os.File // of the data root
 	mgmtOwn   bool     // the management socket's path is ours to take away
 	activated bool     // the listeners are systemd's
+	givenUp   []ipc.FD // ports that the settings no longer name
 	undo      []func() // what the end of Run does, last first
 
 	builds       atomic.Uint64
@@ -108,7 +111,7 @@ type server struct {
 // Each signal from hup is a wish to reload: this image then becomes the installed
 // one, and Run of that goes on. An error means that it could not start, or that
 // something is left running.
-func Run(ctx context.Context, c Config, version string, hup <-chan os.Signal, log hclog.Logger) (err error) {
+func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log hclog.Logger) (err error) {
 	var st *state
 	handed := &state{}
 	resumed, err := handoff.Load(handed)
@@ -124,7 +127,7 @@ func Run(ctx context.Context, c Config, version string, hup <-chan os.Signal, lo
 		}
 	}
 	s := &server{
-		log: log, version: version, startedAt: time.Now(),
+		hup: hup, log: log, version: version, startedAt: time.Now(),
 		stopping: make(chan struct{}), restored: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
 		agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
 		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
@@ -255,10 +258,13 @@ func (s *server) openPrograms(st *state) (err error) {
 }
 
 func (s *server) openStore(ctx context.Context) (err error) {
-	s.db, err = store.Open(ctx, store.Options{
+	db, err := store.Open(ctx, store.Options{
 		Path: s.layout.Database(), BackupDir: s.layout.Backups(), ReservePath: s.layout.Reserve(),
 		Log: s.log.Named("store"), Version: s.version,
 	})
+	if err == nil {
+		s.db = db // a closed one answers with errors, none at all would not
+	}
 	return err
 }
 
@@ -367,6 +373,15 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		case <-ctx.Done():
 		}
 	})
+	if st != nil {
+		// Who asks meanwhile waits in the queue of the socket: a deploy would meet an
+		// agent that is about to leave.
+		select {
+		case <-s.restored:
+		case <-time.After(ReloadWait):
+		case <-ctx.Done():
+		}
+	}
 	for again := true; again; {
 		again, err = s.session(ctx, mgmt, &commands)
 	}
@@ -430,23 +445,37 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		case <-s.reloadWanted:
 		}
 		program, err := s.prepareReload(ctx)
+		if ctx.Err() != nil {
+			return false, nil
+		}
 		if err != nil {
 			s.reloadEnded(err)
 			continue
 		}
+		program.Close()
 		quiet()
+		ended := make(chan struct{}) // every command, also of a session before
+		go func() {
+			commands.Wait()
+			close(ended)
+		}()
 		select {
 		case <-ctx.Done():
-			program.Close()
 			return false, nil
-		case <-served: //nolint:errcheck // it ended as quiet asked it to
+		case <-ended:
 			idle()
 			background.Wait()
-			err = s.handOver(program, mgmt) // comes back only if it failed
+			// Once more: the wait may have been long.
+			if program, err = s.preflight(ctx); err == nil {
+				err = s.handOver(ctx, program, mgmt) // comes back only if it failed
+				program.Close()
+			}
 		case <-time.After(ReloadWait):
 			err = fmt.Errorf("commands still run after %s: %s", ReloadWait, s.busyApps())
 		}
-		program.Close()
+		if ctx.Err() != nil {
+			return false, nil
+		}
 		s.reloadEnded(err)
 		return true, nil
 	}
@@ -469,6 +498,11 @@ func within(d time.Duration, wg *sync.WaitGroup) bool {
 
 // sweep removes what writes that were cut off left behind.
 func (s *server) sweep() {
+	if copies, err := filepath.Glob(filepath.Join(s.layout.Data, preflightPrefix+"*")); err == nil {
+		for _, dir := range copies {
+			_ = os.RemoveAll(dir) // a copy of the database, of a reload that was cut off
+		}
+	}
 	dirs := []string{s.layout.Data, s.layout.Certs()}
 	for _, parent := range []string{s.layout.Apps(), s.layout.Certs()} {
 		entries, err := os.ReadDir(parent)

@@ -201,7 +201,7 @@ func (s *server) drainAtEnd(ctx context.Context, l *proxyLink) {
 	case !l.ready.Load() && !l.draining.Load():
 		l.kill(errNoServer)
 	case !l.drain(StopRequests, StopStreams):
-		time.AfterFunc(StopStreams, func() { l.end(errNoServer) }) // its own limits may be longer
+		time.AfterFunc(StopRequests, func() { l.end(errNoServer) }) // its own limits may be longer
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -43,6 +44,9 @@ const (
 	DrainRequests = 30 * time.Second
 	DrainStreams  = 60 * time.Second
 )
+
+// preflightPrefix begins the name of the folder that a pre-flight looks into.
+const preflightPrefix = ".preflight-"
 
 // stateSchema is the version of state. An image reads its own and the one before.
 const stateSchema = 1
@@ -226,7 +230,7 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 	}()
 	ctx, cancel := context.WithTimeout(ctx, PreflightTime)
 	defer cancel()
-	dir, err := os.MkdirTemp(s.layout.Data, ".preflight-")
+	dir, err := os.MkdirTemp(s.layout.Data, preflightPrefix)
 	if err != nil {
 		return 0, err
 	}
@@ -331,7 +335,7 @@ func checkProgram(ctx context.Context, p program) error {
 
 // handOver becomes the program: this image's last act. It returns only if that
 // fails, with everything going on as before.
-func (s *server) handOver(program ipc.FD, mgmt *net.UnixListener) error {
+func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixListener) error {
 	st := &state{
 		Schema: stateSchema, Version: s.version, StartedAt: s.startedAt, Reloads: s.reload.info().Count + 1, Failed: s.reload.info().Failed,
 		MgmtOwn: s.mgmtOwn, Activated: s.activated, Builds: s.builds.Load(), Tickets: s.tickets.current(),
@@ -433,9 +437,13 @@ func (s *server) handOver(program ipc.FD, mgmt *net.UnixListener) error {
 	}
 	fd, err := handoff.Save(st)
 	if err == nil {
-		err = handoff.Exec(program, os.Args, fd, st.fds())
-		fd.Close()
+		err = ctx.Err() // the last look: a wish to stop is not to be lost in the next image
 	}
+	if err == nil {
+		err = handoff.Exec(program, os.Args, fd, st.fds())
+		signal.Notify(s.hup, syscall.SIGHUP)
+	}
+	fd.Close()
 	return errors.Join(err, s.openStore(context.Background()))
 }
 
@@ -647,7 +655,13 @@ func (s *server) finishReload(ctx context.Context) {
 		return
 	}
 	if s.reload.info().Running {
-		s.reloadEnded(s.replaceAgent(ctx))
+		for _, fd := range s.givenUp { // there is no way back any more
+			fd.Close()
+		}
+		s.givenUp = nil
+		if err := s.replaceAgent(ctx); ctx.Err() == nil {
+			s.reloadEnded(err)
+		}
 	}
 }
 
@@ -699,6 +713,7 @@ func (s *server) changePorts() error {
 		})
 		if i < 0 {
 			s.log.Info("port given up", logging.Addr, l.addr.String())
+			s.givenUp = append(s.givenUp, l.fd)
 			continue
 		}
 		missing = slices.Delete(missing, i, i+1)
@@ -734,6 +749,15 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 			return 0, errNoServer
 		}
 	}
+	for s.agentNow() == nil || !s.proxies.oneServes() { // one of them was just replaced
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-late:
+			return 0, errors.New("tako-proxy or tako-agent is not ready")
+		case <-ctx.Done():
+			return 0, errNoServer
+		}
+	}
 	for s.proxies.oldOnes() >= MaxOldProxies { // they leave at their limits
 		select {
 		case <-time.After(100 * time.Millisecond):
@@ -748,6 +772,19 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 
 // MaxOldProxies is how many proxies may drain at one time; a further reload waits.
 const MaxOldProxies = 2
+
+// agentNow returns the agent that is asked now, or nil.
+func (s *server) agentNow() *link {
+	s.agentMu.Lock()
+	defer s.agentMu.Unlock()
+	return s.agent
+}
+
+// oneServes reports whether the newest proxy is ready.
+func (p *proxySet) oneServes() bool {
+	all := p.all()
+	return len(all) > 0 && all[len(all)-1].ready.Load() && !all[len(all)-1].draining.Load()
+}
 
 // oldOnes counts the proxies that drain.
 func (p *proxySet) oldOnes() int {
