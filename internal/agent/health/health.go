@@ -278,7 +278,7 @@ func (t *Target) ask(ctx context.Context, via wire.Transport, limit time.Duratio
 	if t.Probe.Kind == wire.ProbeConnect {
 		return answer{good: true, rank: accepted}, true
 	}
-	return t.request(conn, limit), true
+	return t.request(ctx, conn, limit), true
 }
 
 // nobody says where the instance was expected.
@@ -292,11 +292,11 @@ func (t *Target) nobody() string {
 	return fmt.Sprintf("nothing listens on 127.0.0.1:%d or %s: listen on the PORT and HOST of the environment, or on the path in TAKO_APP_SOCKET", t.Port, t.Socket)
 }
 
-// request asks for the path and judges the status line.
-func (t *Target) request(conn net.Conn, limit time.Duration) answer {
+// request asks for the path and judges the status line. ctx ends after limit and
+// then closes the connection: it is the only clock, so that the reason given is
+// never a guess between two that ran out together.
+func (t *Target) request(ctx context.Context, conn net.Conn, limit time.Duration) answer {
 	p := &t.Probe
-	begin := time.Now()
-	_ = conn.SetDeadline(begin.Add(limit)) // a closed connection fails below
 	_, err := io.WriteString(conn, "GET "+p.Path+" HTTP/1.1\r\nHost: "+p.Host+
 		"\r\nUser-Agent: tako\r\nAccept: */*\r\nConnection: close\r\n\r\n")
 	var status int
@@ -305,10 +305,10 @@ func (t *Target) request(conn net.Conn, limit time.Duration) answer {
 	}
 	if err != nil {
 		why := "the connection was closed"
-		if time.Since(begin) >= limit {
-			why = fmt.Sprintf("none within %s", limit)
-		} else if _, bad := err.(*notHTTPError); bad { //nolint:errorlint // readStatus returns it bare
+		if _, bad := err.(*notHTTPError); bad { //nolint:errorlint // readStatus returns it bare
 			why = err.Error()
+		} else if ctx.Err() != nil {
+			why = fmt.Sprintf("none within %s", limit)
 		}
 		return answer{rank: accepted, detail: fmt.Sprintf("GET %s got no answer: %s", p.Path, why)}
 	}

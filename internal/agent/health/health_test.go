@@ -221,6 +221,25 @@ func TestInstanceThatHangsIsNotGoodInTime(t *testing.T) {
 	}
 }
 
+func TestReasonForNoAnswerIsTheTimeOnlyIfItRanOut(t *testing.T) {
+	target := Target{Probe: wire.Probe{Path: "/status", Host: "tako-internal"}}
+	for _, ranOut := range []bool{true, false} {
+		near, far := net.Pipe()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		want := "GET /status got no answer: the connection was closed"
+		if ranOut {
+			ctx, cancel = context.WithTimeout(t.Context(), 0)
+			want = "GET /status got no answer: none within 1s"
+		}
+		far.Close()
+		if a := target.request(ctx, near, time.Second); a.detail != want || a.rank != accepted {
+			t.Errorf("ran out %v: %+v, want %q", ranOut, a, want)
+		}
+		near.Close()
+		cancel()
+	}
+}
+
 func TestEitherTransportMayAnswerFirst(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s")
 	l, err := net.Listen("unix", path)
