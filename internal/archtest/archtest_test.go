@@ -36,6 +36,7 @@ var mayImport = map[string][]string{
 	"internal/proxy": {
 		"internal/tako", "internal/wire", "internal/ipc", "internal/route", "internal/sandbox",
 		"internal/logging", "internal/version", "internal/proxy/balance", "internal/proxy/upstream",
+		"internal/proxy/message", "internal/proxy/h1", "internal/proxy/h2", "internal/proxy/proxyproto",
 	},
 	"internal/agent": {
 		"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox", "internal/logging",
@@ -44,15 +45,19 @@ var mayImport = map[string][]string{
 	"internal/ctl": {"internal/tako", "internal/management", "internal/archive", "internal/paths", "internal/release", "internal/version"},
 
 	// Parts of one role.
-	"internal/proxy/balance":  {"internal/tako", "internal/wire"},
-	"internal/proxy/upstream": {"internal/tako", "internal/wire", "internal/ipc", "internal/proxy/balance"},
-	"internal/agent/launch":   {"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox"},
-	"internal/agent/health":   {"internal/tako", "internal/wire"},
-	"internal/store":          {"internal/tako"},
-	"internal/management":     {"internal/tako", "internal/route"},
-	"internal/rollout":        {"internal/tako"},
-	"internal/handoff":        {"internal/ipc"},
-	"internal/cert":           {"internal/tako", "internal/atomicfile"},
+	"internal/proxy/balance":    {"internal/tako", "internal/wire"},
+	"internal/proxy/message":    nil,
+	"internal/proxy/h1":         {"internal/proxy/message"},
+	"internal/proxy/h2":         {"internal/proxy/message"},
+	"internal/proxy/proxyproto": nil,
+	"internal/proxy/upstream":   {"internal/proxy/message", "internal/proxy/h1"},
+	"internal/agent/launch":     {"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox"},
+	"internal/agent/health":     {"internal/tako", "internal/wire"},
+	"internal/store":            {"internal/tako"},
+	"internal/management":       {"internal/tako", "internal/route"},
+	"internal/rollout":          {"internal/tako"},
+	"internal/handoff":          {"internal/ipc"},
+	"internal/cert":             {"internal/tako", "internal/atomicfile"},
 
 	// Shared parts.
 	"internal/wire":       {"internal/tako", "internal/ipc"},

@@ -1,0 +1,138 @@
+package message
+
+// ID names the fields that somebody here asks for; Other is every other one.
+type ID uint8
+
+// The fields that have an ID.
+const (
+	Other ID = iota
+	Accept
+	AcceptEncoding
+	Age
+	AltSvc
+	Authorization
+	CacheControl
+	Connection
+	ContentEncoding
+	ContentLength
+	ContentType
+	Cookie
+	Date
+	ETag
+	Expect
+	Forwarded
+	Host
+	HTTP2Settings
+	KeepAlive
+	Location
+	Proxy
+	ProxyAuthenticate
+	ProxyAuthorization
+	ProxyConnection
+	Range
+	RetryAfter
+	SecWebSocketAccept
+	SecWebSocketKey
+	SecWebSocketVersion
+	Server
+	SetCookie
+	TE
+	Trailer
+	TransferEncoding
+	Upgrade
+	UserAgent
+	Vary
+	XForwardedFor
+	XForwardedHost
+	XForwardedPort
+	XForwardedProto
+	XRealIP
+	XRequestID
+
+	// Disguised is any other name that a server which takes '_' for '-' may read
+	// as one of those that say who a client is, and any other X-Forwarded-*.
+	Disguised
+
+	ids
+)
+
+var names = [ids]string{
+	Accept: "accept", AcceptEncoding: "accept-encoding", Age: "age", AltSvc: "alt-svc", Authorization: "authorization",
+	CacheControl: "cache-control", Connection: "connection", ContentEncoding: "content-encoding",
+	ContentLength: "content-length", ContentType: "content-type", Cookie: "cookie", Date: "date", ETag: "etag",
+	Expect: "expect", Forwarded: "forwarded", Host: "host", HTTP2Settings: "http2-settings", KeepAlive: "keep-alive",
+	Location: "location", Proxy: "proxy", ProxyAuthenticate: "proxy-authenticate", ProxyAuthorization: "proxy-authorization",
+	ProxyConnection: "proxy-connection", Range: "range", RetryAfter: "retry-after",
+	SecWebSocketAccept: "sec-websocket-accept", SecWebSocketKey: "sec-websocket-key",
+	SecWebSocketVersion: "sec-websocket-version", Server: "server", SetCookie: "set-cookie", TE: "te", Trailer: "trailer",
+	TransferEncoding: "transfer-encoding", Upgrade: "upgrade", UserAgent: "user-agent", Vary: "vary",
+	XForwardedFor: "x-forwarded-for", XForwardedHost: "x-forwarded-host", XForwardedPort: "x-forwarded-port",
+	XForwardedProto: "x-forwarded-proto", XRealIP: "x-real-ip", XRequestID: "x-request-id",
+}
+
+// String returns the name in lower case, "" for Other and Disguised.
+func (id ID) String() string { return names[id] }
+
+const longestName = 24 // of those in names; the tests say so
+
+// byLength has the IDs of names of each length.
+var byLength = func() (by [longestName + 1][]ID) {
+	for id, name := range names {
+		if name != "" {
+			by[len(name)] = append(by[len(name)], ID(id)) //nolint:gosec // fewer than 256
+		}
+	}
+	return by
+}()
+
+// Lookup returns the ID of a field name of any case.
+func Lookup(name []byte) ID {
+	if len(name) <= longestName {
+		for _, id := range byLength[len(name)] {
+			if EqualFold(name, names[id]) {
+				return id
+			}
+		}
+	}
+	if disguised(name) {
+		return Disguised
+	}
+	return Other
+}
+
+// disguised: it reads as a name that tells of the client, with '_' for '-', or
+// is an X-Forwarded- of no ID.
+func disguised(name []byte) bool {
+	if len(name) < len("x-real-ip") {
+		return false
+	}
+	if c := name[0] | 0x20; c != 'x' && c != 'f' {
+		return false
+	}
+	under := false
+	var buf [longestName]byte
+	n := min(len(name), len(buf))
+	for i := range n {
+		c := name[i]
+		if c == '_' {
+			c, under = '-', true
+		}
+		buf[i] = lower[c]
+	}
+	folded := buf[:n]
+	const prefix = "x-forwarded-"
+	if len(folded) >= len(prefix) && string(folded[:len(prefix)]) == prefix {
+		return true
+	}
+	return under && len(name) <= longestName && (string(folded) == "x-real-ip" || string(folded) == "x-request-id")
+}
+
+// Hop reports whether a field of that id is about one connection only
+// (RFC 9110, 7.6.1), framing included.
+func (id ID) Hop() bool { return hop[id] }
+
+var hop = [ids]bool{
+	Connection: true, KeepAlive: true, ProxyConnection: true, ProxyAuthenticate: true, ProxyAuthorization: true,
+	TE: true, Trailer: true, TransferEncoding: true, Upgrade: true, HTTP2Settings: true, Expect: true, ContentLength: true,
+	Host: true,
+}
