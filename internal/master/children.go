@@ -303,9 +303,9 @@ func (l *link) beat(ctx context.Context) {
 		})
 }
 
-// ServedPause is the longest pause before the next child if the last one served:
-// meanwhile connections wait in the listening sockets for a proxy, and requests to
-// instances on TCP for an agent.
+// ServedPause is the longest pause before the next child if the last one served,
+// in a loop of crashes: meanwhile connections wait in the listening sockets for a
+// proxy, and requests to instances on TCP for an agent.
 const ServedPause = 500 * time.Millisecond
 
 // keep runs a child for ever: start it, serve it, and after its end start the

@@ -8,7 +8,9 @@ import (
 // The numbers of Policy.
 const (
 	Healthy     = 60 * time.Second       // of service, after which earlier ends are forgotten
-	CrashDelay  = 100 * time.Millisecond // before the second start in a row; then doubled
+	CrashBurst  = 20                     // crashes that are answered at once; more are a loop
+	CrashForget = 3 * time.Second        // of service, which makes up for one crash
+	CrashDelay  = 100 * time.Millisecond // before the next start in a loop; then doubled
 	CrashMax    = 10 * time.Second
 	UnreadyWait = 1 * time.Second // after a child that was never ready; then doubled
 	UnreadyMax  = 60 * time.Second
@@ -44,37 +46,42 @@ type Policy struct {
 	// Rand returns numbers in [0, 1) for the jitter; nil for the usual ones.
 	Rand func() float64
 
-	failures int // in a row
+	crashes int // that nothing has made up for
+	unready int // in a row, but for crashes between them
 }
 
 // Next takes note of an ending after so much time of service (since it was
-// ready) and returns the delay before the next start. The first crash in a row
-// is answered at once; the delays of the following ones double. A child that was
-// never ready will hardly be so a moment later: its delays are longer. To be
-// asked to end is no failure.
+// ready) and returns the delay before the next start. Crashes are answered at
+// once, up to CrashBurst of them: what crashed once will mostly do well again,
+// and somebody waits for it. Beyond, it is a loop, with delays that double until
+// service makes up for it. A child that was never ready will hardly be so a moment
+// later: its delays are longer. To be asked to end is no failure.
 func (p *Policy) Next(how Ending, served time.Duration) time.Duration {
-	if how != NeverReady && served >= Healthy {
-		p.failures = 0
+	switch {
+	case how == NeverReady:
+	case served >= Healthy:
+		p.crashes, p.unready = 0, 0
+	default:
+		p.crashes = max(p.crashes-int(served/CrashForget), 0)
 	}
-	n := p.failures
 	switch how {
 	case Stopped:
 		return 0
 	case Crashed:
-		p.failures++
-		if n == 0 {
+		p.crashes++
+		if p.crashes <= CrashBurst {
 			return 0
 		}
-		return p.jitter(double(CrashDelay, n-1, CrashMax))
+		return p.jitter(double(CrashDelay, p.crashes-CrashBurst-1, CrashMax))
 	case NeverReady:
-		p.failures++
-		return p.jitter(double(UnreadyWait, n, UnreadyMax))
+		p.unready++
+		return p.jitter(double(UnreadyWait, p.unready-1, UnreadyMax))
 	}
 	panic("supervise: unknown ending")
 }
 
-// Failures returns the number of failures in a row, for people.
-func (p *Policy) Failures() int { return p.failures }
+// Failures returns the number of failures that still count, for people.
+func (p *Policy) Failures() int { return p.crashes + p.unready }
 
 func double(d time.Duration, times int, most time.Duration) time.Duration {
 	for ; times > 0 && d < most; times-- {
