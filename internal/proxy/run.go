@@ -372,6 +372,9 @@ func (p *process) drain(requests, streams time.Duration, report bool) {
 		cut := p.leave(listening)
 		if report {
 			p.finished.Store(true)
+			if last := p.allTraffic(); len(last) > 0 { // what came since the last report
+				p.out.push(&wire.Traffic{Apps: last})
+			}
 			p.out.push(&wire.Drained{Cut: cut})
 			p.out.close() // nothing may follow
 		}
@@ -459,6 +462,17 @@ func isClosed(c chan struct{}) bool {
 	default:
 		return false
 	}
+}
+
+// allTraffic is the traffic of every app up to now.
+func (p *process) allTraffic() []wire.AppTraffic {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	all := make([]wire.AppTraffic, 0, len(p.apps))
+	for _, a := range p.apps {
+		all = append(all, a.traffic(time.Now()))
+	}
+	return all
 }
 
 // report tells the master of traffic, and has every pool close what is idle for

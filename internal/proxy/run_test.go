@@ -676,6 +676,14 @@ func TestDrainLosesNothing(t *testing.T) {
 	if d := expect[*wire.Drained](m); d.Cut != 0 {
 		t.Errorf("%d were cut", d.Cut)
 	}
+	// The last word but one counts every request, however late it came.
+	counted := uint64(0)
+	for len(m.traffic) > 0 {
+		counted = (<-m.traffic).Apps[0].Instances[0].Requests
+	}
+	if counted != 3 {
+		t.Errorf("the last report counts %d requests, want 3", counted)
+	}
 	if err := m.ended(); err != nil {
 		t.Errorf("Run returned %v", err)
 	}
