@@ -1,7 +1,8 @@
 package wire
 
 // Kind is the number of a message. 1–99 are for every channel, 100–199 the
-// proxy's, 200–299 the agent's, 300–399 the signing and dialling sockets.
+// proxy's, 200–299 the agent's, 300–399 the signing and dialling sockets, 400–499 of
+// two masters with one data root.
 type Kind uint16
 
 // The kinds. A number is never used for something else.
@@ -52,4 +53,10 @@ const (
 	KindSigned Kind = 301
 	KindDial   Kind = 302
 	KindDialed Kind = 303
+
+	KindFollow  Kind = 400
+	KindShared  Kind = 401
+	KindChanged Kind = 402
+	KindSettled Kind = 403
+	KindTickets Kind = 404
 )

@@ -61,6 +61,7 @@ const (
 	LinkAgent   Link = "master-agent"
 	LinkSigning Link = "proxy-signer"
 	LinkDialing Link = "proxy-dialer"
+	LinkSecond  Link = "owner-second"
 )
 
 var (
@@ -141,6 +142,22 @@ var permits = typed(map[Link]map[Role][]Rule{
 	LinkDialing: {
 		Proxy: {{Kind: KindDial, In: begin, New: of[Dial]()}},
 		Agent: {{Kind: KindDialed, In: begin, Reply: true, Files: 1, New: of[Dialed]()}, {Kind: KindFault, In: begin, Reply: true, New: of[Fault]()}},
+	},
+	LinkSecond: {
+		Master: {
+			{Kind: KindHello, In: begin, Next: Configuring, New: of[Hello]()},
+			{Kind: KindFault, In: set, Once: true, Reply: true, Next: Finished, New: of[Fault]()},
+			{Kind: KindShared, In: set, Once: true, Reply: true, Next: Serving, New: of[Shared](), FilesOf: func(m any) int {
+				return len(m.(*Shared).Names)
+			}},
+			{Kind: KindTickets, In: live, New: of[Tickets]()},
+			{Kind: KindChanged, In: live, New: of[Changed]()},
+		},
+		Second: {
+			{Kind: KindHello, In: begin, Next: Configuring, New: of[Hello]()},
+			{Kind: KindFollow, In: set, Once: true, Next: Serving, New: of[Follow]()},
+			{Kind: KindSettled, In: live, New: of[Settled]()},
+		},
 	},
 })
 

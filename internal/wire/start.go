@@ -31,6 +31,7 @@ const (
 	Master Role = "tako-master"
 	Proxy  Role = "tako-proxy"
 	Agent  Role = "tako-agent"
+	Second Role = "tako-second" // a tako-master beside the owner of its data root
 )
 
 // Hello is the first message in either direction. The master sends its own

@@ -53,7 +53,7 @@ func golden(t testing.TB, name, got string) {
 
 // each calls f for every rule in a fixed order.
 func each(f func(link Link, from Role, r *Rule)) {
-	for _, link := range []Link{LinkProxy, LinkAgent, LinkSigning, LinkDialing} {
+	for _, link := range []Link{LinkProxy, LinkAgent, LinkSigning, LinkDialing, LinkSecond} {
 		for _, from := range slices.Sorted(maps.Keys(permits[link])) {
 			for i := range permits[link][from] {
 				f(link, from, &permits[link][from][i])
@@ -125,7 +125,7 @@ func TestEveryKindIsInTheTableUnderItsOwnName(t *testing.T) {
 		used[k] = n
 	}
 	seen := make(map[string]bool)
-	ranges := map[Link]Kind{LinkProxy: 100, LinkAgent: 200, LinkSigning: 300, LinkDialing: 300}
+	ranges := map[Link]Kind{LinkProxy: 100, LinkAgent: 200, LinkSigning: 300, LinkDialing: 300, LinkSecond: 400}
 	each(func(link Link, from Role, r *Rule) {
 		seen[name(r)] = true
 		if used[r.Kind] != name(r) {
@@ -348,7 +348,7 @@ func TestRecordMustFitItsRule(t *testing.T) {
 }
 
 func FuzzAccept(f *testing.F) {
-	links := []Link{LinkProxy, LinkAgent, LinkSigning, LinkDialing}
+	links := []Link{LinkProxy, LinkAgent, LinkSigning, LinkDialing, LinkSecond}
 	each(func(link Link, from Role, r *Rule) {
 		rec := record(f, r)
 		f.Add(uint8(slices.Index(links, link)), from == Proxy || from == Agent && link == LinkAgent, uint8(r.In[0]), rec.Kind, uint16(rec.Flags), rec.Body, uint8(len(rec.Files))) // small
