@@ -32,6 +32,16 @@ const (
 func (d *DB) Backup(ctx context.Context) (path string, err error) {
 	d.backups.Lock()
 	defer d.backups.Unlock()
+	d.conn.RLock()
+	defer d.conn.RUnlock()
+	if d.following {
+		return "", fmt.Errorf("back up database: %w", ErrFollowing)
+	}
+	return d.backupNow(ctx)
+}
+
+// backupNow is Backup with the locks held, or before there is anybody else.
+func (d *DB) backupNow(ctx context.Context) (path string, err error) {
 	path = filepath.Join(d.o.BackupDir, backupPrefix+d.o.Now().UTC().Format(backupTime)+backupSuffix)
 	if err := d.backup(ctx, path); err != nil {
 		return "", d.explain("back up database to "+path, err)
@@ -141,6 +151,8 @@ func (d *DB) BackupLoop(ctx context.Context) {
 func (d *DB) CopyTo(ctx context.Context, path string) error {
 	d.backups.Lock()
 	defer d.backups.Unlock()
+	d.conn.RLock()
+	defer d.conn.RUnlock()
 	if _, err := d.sql.ExecContext(ctx, `VACUUM INTO ?`, path); err != nil {
 		return d.explain("copy database to "+path, err)
 	}

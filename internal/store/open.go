@@ -53,20 +53,28 @@ func open(ctx context.Context, o Options, all []migration) (*DB, error) {
 	if o.Log == nil {
 		o.Log = hclog.NewNullLogger()
 	}
-	d := &DB{o: o}
+	d := &DB{o: o, all: all}
+	if err := d.openWith(ctx, all); err != nil {
+		return nil, err
+	}
+	return d, nil
+}
+
+// openWith opens for changes, giving up the reserve if it must.
+func (d *DB) openWith(ctx context.Context, all []migration) error {
 	err := d.open(ctx, all)
 	if noSpace(err) && d.spendReserve() {
-		o.Log.Warn("gave up the reserve file to open the database", "error", err)
+		d.o.Log.Warn("gave up the reserve file to open the database", "error", err)
 		err = d.open(ctx, all)
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	d.makeReserve()
 	if d.reserve < ReserveBytes {
-		o.Log.Warn("little room on the disk: the reserve file is not whole", "path", o.ReservePath, "bytes", d.reserve)
+		d.o.Log.Warn("little room on the disk: the reserve file is not whole", "path", d.o.ReservePath, "bytes", d.reserve)
 	}
-	return d, nil
+	return nil
 }
 
 func (d *DB) open(ctx context.Context, all []migration) error {
@@ -130,7 +138,7 @@ func (d *DB) migrate(ctx context.Context, all []migration) error {
 		return err
 	}
 	if newest := all[len(all)-1].version; version < newest {
-		name, err := d.Backup(ctx)
+		name, err := d.backupNow(ctx)
 		if err != nil {
 			return fmt.Errorf("back up before the change of schema: %w", err)
 		}

@@ -37,18 +37,25 @@ type Options struct {
 // DB is an open state file. Its methods may be called from several goroutines.
 type DB struct {
 	o        Options
-	sql      *sql.DB
+	all      []migration
 	restored string
 	backups  sync.Mutex // one backup at a time
 
 	// mu orders the changes; the database has one connection, so it is taken
-	// before that.
+	// before that. Lock order: backups, mu, conn.
 	mu      sync.Mutex
 	reserve int64 // bytes the reserve file holds
+
+	// conn is held for reading over each use of sql; TakeOver replaces it.
+	conn      sync.RWMutex
+	sql       *sql.DB
+	following bool // it is another process's to change
 }
 
 // Close ends the connection after the call under way. It may come twice.
 func (d *DB) Close() error {
+	d.conn.RLock()
+	defer d.conn.RUnlock()
 	if err := d.sql.Close(); err != nil {
 		return fmt.Errorf("close database %s: %w", d.o.Path, err)
 	}
@@ -64,6 +71,11 @@ func (d *DB) Restored() (from string, ok bool) { return d.restored, d.restored !
 func (d *DB) write(ctx context.Context, what string, spend bool, f func(tx *sql.Tx) error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.conn.RLock()
+	defer d.conn.RUnlock()
+	if d.following {
+		return fmt.Errorf("%s: %w", what, ErrFollowing)
+	}
 	err := transact(ctx, d.sql, nil, f)
 	if spend && noSpace(err) && d.spendReserve() {
 		d.o.Log.Warn("gave up the reserve file to make room", "for", what, "error", err)
@@ -78,6 +90,8 @@ func (d *DB) write(ctx context.Context, what string, spend bool, f func(tx *sql.
 
 // read runs f on one state of the database.
 func (d *DB) read(ctx context.Context, what string, f func(tx *sql.Tx) error) error {
+	d.conn.RLock()
+	defer d.conn.RUnlock()
 	if err := transact(ctx, d.sql, &sql.TxOptions{ReadOnly: true}, f); err != nil {
 		return d.explain(what, err)
 	}
