@@ -20,7 +20,8 @@ UNIT        = $(shell $(GO) list ./... | grep -v /internal/integration)
 # Go does not see that they depend on the programs, so their results are not kept.
 INTEGRATION := -count 1 -parallel 4 ./internal/integration/...
 # A skip that .ci/skips does not list fails the run where CI is set.
-GOTEST := $(GO) run tools/gotest/main.go -skips .ci/skips $(if $(CI),-strict)
+# A test that fails and passes on its own is reported as flaky, up to ten of them.
+GOTEST := $(GO) run tools/gotest/main.go tools/gotest/again.go -skips .ci/skips -again $(or $(AGAIN),10) $(if $(CI),-strict)
 LINT   := $(GO) tool -modfile=tools/go.mod golangci-lint
 # The race detector links against the C library.
 CC_FOUND = $(shell command -v "$$($(GO) env CC 2>/dev/null)" 2>/dev/null)
@@ -50,7 +51,7 @@ demo-check: build ## the same on free ports, asked and judged by itself
 
 .PHONY: test
 test: ## unit tests, the same under the race detector, integration; one verdict
-	@$(GOTEST) -- unit $(UNIT) $(if $(CC_FOUND),-- race -race $(UNIT)) -- integration $(INTEGRATION)
+	@$(GOTEST) -- tools -C tools ./gotest -- unit $(UNIT) $(if $(CC_FOUND),-- race -race $(UNIT)) -- integration $(INTEGRATION)
 	@$(if $(CC_FOUND),,echo 'no C compiler: the tests did not run under the race detector (on Debian: apt-get install gcc libc6-dev)')
 
 .PHONY: unit
@@ -68,7 +69,7 @@ integration: ## tests that run the real programs
 # Alone and one test after another: its bounds are those of a quiet machine.
 .PHONY: soak
 soak: ## rollouts, crashes and cold starts for minutes, with the numbers they are to keep
-	@TAKO_SOAK=1 $(GOTEST) -show -- soak -timeout 30m -run '$(SOAK)' $(INTEGRATION) -parallel 1
+	@TAKO_SOAK=1 $(GOTEST) -again 0 -show -- soak -timeout 30m -run '$(SOAK)' $(INTEGRATION) -parallel 1
 
 .PHONY: integration-slow
 integration-slow: ## the same with apps of real frameworks, installed by npm

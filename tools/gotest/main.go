@@ -1,10 +1,17 @@
 // Gotest runs go test in phases, one after another, shows what failed and ends
 // with one verdict over all of them:
 //
-//	gotest [-skips FILE] [-strict] [-show] -- NAME ARG... [-- NAME ARG...]...
+//	gotest [-skips FILE] [-strict] [-again N] [-show] -- NAME ARG... [-- NAME ARG...]...
 //
 // Each phase is a name and the arguments of go test. A phase that fails does not
-// stop the next. A test that skips must stand in FILE, one "package TestName" or
+// stop the next.
+//
+// With -again a test that failed runs a second time, on its own; one that passes
+// then is reported as flaky, with what it said both times, and does not fail the
+// run. Nothing runs again after more than N failed tests in a phase, nor in a
+// package that did not build, panicked, raced or ended before its tests did.
+//
+// A test that skips must stand in FILE, one "package TestName" or
 // "package" a line ('#' begins a comment); with -strict any other skip fails the
 // run. A line "unprivileged WORD" is for users other than root: they may skip what
 // gives WORD in its reason. With -show what passed is shown too, with what it
@@ -16,7 +23,6 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -43,6 +49,15 @@ type tally struct {
 	passed, failed, skipped int
 	unexpected              []string // skips that are not in the list
 	blamed                  string   // the package that a failed test was in last
+	failures                []*failure
+	beyond                  map[string]bool // packages in which more went wrong than tests
+}
+
+// failure is a test of a package that failed, or tests within it.
+type failure struct {
+	pkg, test string
+	count     int      // of failed tests, itself and those within
+	output    []string // of all of them
 }
 
 // allowance is what may skip.
@@ -54,8 +69,9 @@ type allowance struct {
 func main() {
 	skips := flag.String("skips", "", "file that lists the tests that may skip")
 	strict := flag.Bool("strict", false, "fail on a skip that is not listed")
+	again := flag.Int("again", 0, "run a failed test once more on its own, if at most so many failed in a phase")
 	flag.Usage = func() {
-		fmt.Fprintln(flag.CommandLine.Output(), "usage: gotest [-skips FILE] [-strict] [-show] -- NAME ARG... [-- NAME ARG...]...")
+		fmt.Fprintln(flag.CommandLine.Output(), "usage: gotest [-skips FILE] [-strict] [-again N] [-show] -- NAME ARG... [-- NAME ARG...]...")
 		flag.PrintDefaults()
 	}
 	flag.Parse()
@@ -73,6 +89,7 @@ func main() {
 	signal.Ignore(os.Interrupt)
 
 	var all tally
+	var flaky []string
 	for _, phase := range phases {
 		began := time.Now()
 		t, err := run(phase[1:], allowed)
@@ -80,6 +97,7 @@ func main() {
 			fmt.Fprintf(os.Stderr, "gotest: %s: %v\n", phase[0], err)
 			t.failed = max(t.failed, 1)
 		}
+		flaky = append(flaky, t.runAgain(phase[1:], *again)...)
 		fmt.Printf("%s: %d passed, %d failed, %d skipped in %s\n\n", phase[0], t.passed, t.failed, t.skipped, time.Since(began).Round(time.Second))
 		all.passed += t.passed
 		all.failed += t.failed
@@ -89,10 +107,17 @@ func main() {
 	for _, s := range all.unexpected {
 		fmt.Printf("skipped and not listed in %s: %s\n", *skips, s)
 	}
-	fmt.Printf("%d passed, %d failed, %d skipped\n", all.passed, all.failed, all.skipped)
+	for _, f := range flaky {
+		fmt.Printf("FLAKY: %s failed, and passed when run again on its own\n", f)
+	}
+	fmt.Printf("%d passed, %d failed, %d flaky, %d skipped\n", all.passed, all.failed, len(flaky), all.skipped)
 	if all.failed > 0 || all.passed == 0 || *strict && len(all.unexpected) > 0 {
 		fmt.Println("verdict: FAIL")
 		os.Exit(1)
+	}
+	if len(flaky) > 0 {
+		fmt.Printf("verdict: PASS, with %d flaky\n", len(flaky))
+		return
 	}
 	fmt.Println("verdict: PASS")
 }
@@ -140,41 +165,27 @@ func readSkips(name string) (allowance, error) {
 // run runs one phase and prints what a person wants to see of it: a line per
 // package, and the whole output of whatever failed.
 func run(args []string, allowed allowance) (tally, error) {
-	cmd := exec.Command("go", append([]string{"test", "-json"}, args...)...)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.StdoutPipe()
-	if err != nil {
-		return tally{}, err
-	}
-	if err := cmd.Start(); err != nil {
-		return tally{}, err
-	}
-	t, readErr := read(out, allowed)
-	if err := cmd.Wait(); err != nil {
-		return t, err
-	}
-	return t, readErr
-}
-
-func read(r io.Reader, allowed allowance) (tally, error) {
-	var t tally
+	t := tally{beyond: make(map[string]bool)}
 	output := make(map[string][]string) // of each package and test until it ends
-	lines := bufio.NewScanner(r)
-	lines.Buffer(nil, 16<<20)
-	for lines.Scan() {
-		var e event
-		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			fmt.Println(lines.Text())
-			continue
-		}
+	under := make(map[string][]string)  // the tests under way in each package
+	err := stream(args, func(e event) {
 		key := e.Package + " " + e.Test
 		switch e.Action {
 		case "build-output":
 			output[e.ImportPath] = append(output[e.ImportPath], e.Output)
+		case "run":
+			under[e.Package] = append(under[e.Package], e.Test)
 		case "output":
 			output[key] = append(output[key], e.Output)
+			if grave(e.Output) {
+				t.beyond[e.Package] = true
+			}
 		case "pass", "fail", "skip":
+			under[e.Package] = slices.DeleteFunc(under[e.Package], func(test string) bool { return test == e.Test })
 			if e.Test == "" && e.Action == "fail" {
+				if len(under[e.Package]) > 0 || e.FailedBuild != "" {
+					t.beyond[e.Package] = true
+				}
 				// What was under way at a panic or a timeout never ends.
 				for k, lines := range output {
 					if strings.HasPrefix(k, e.Package+" ") && k != key {
@@ -189,8 +200,46 @@ func read(r io.Reader, allowed allowance) (tally, error) {
 			}
 			delete(output, key)
 		}
+	})
+	if exit, ok := err.(*exec.ExitError); ok && exit.ExitCode() == 1 && t.failed > 0 { //nolint:errorlint // stream returns it bare
+		err = nil // it says no more than what was counted
 	}
-	return t, lines.Err()
+	return t, err
+}
+
+// stream runs go test and passes on its events. The error of a go test that ran
+// and failed is an *exec.ExitError.
+func stream(args []string, take func(event)) error {
+	at := 0
+	if len(args) > 1 && args[0] == "-C" {
+		at = 2 // it has to be the first
+	}
+	cmd := exec.Command("go", slices.Concat([]string{"test"}, args[:at], []string{"-json"}, args[at:])...)
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	lines := bufio.NewScanner(out)
+	lines.Buffer(nil, 16<<20)
+	for lines.Scan() {
+		var e event
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			fmt.Println(lines.Text())
+			continue
+		}
+		take(e)
+	}
+	if lines.Err() != nil {
+		_ = out.Close() // so that it ends
+	}
+	if err := cmd.Wait(); err != nil {
+		return err
+	}
+	return lines.Err()
 }
 
 // end counts what ended and shows it if it is a package or failed.
@@ -222,6 +271,7 @@ func end(t *tally, e event, output []string, allowed allowance) {
 	case "fail":
 		t.failed++
 		t.blamed = e.Package
+		t.remember(e, output)
 		fmt.Print(strings.Join(output, ""))
 	case "skip":
 		t.skipped++
