@@ -187,7 +187,8 @@ type Exchange interface {
 	// no longer counts as busy for it.
 	Lasts()
 	// Watch has w told once, from another goroutine, when the client has gone while
-	// the handler is at work; at once if it has already.
+	// the handler is at work; at once if it has already. Nil takes it off: once
+	// Watch, or the handler, has returned, no call to w is under way or will come.
 	Watch(w Watcher)
 	// Interrupt makes everything that waits for the client fail from now on.
 	Interrupt()
