@@ -182,6 +182,11 @@ func TestWhatACutOffUnpackLeftIsRemoved(t *testing.T) {
 	}
 	must(t, os.Mkdir(releases+"/.incoming-OLDEST", 0o755))
 	time.Sleep(20 * time.Millisecond) // the clock of files is coarse
+	_, err = r.do(&wire.Tree{App: "blog", AppDir: r.dir, RunDir: r.dir + "/run2", Beside: true})
+	must(t, err)
+	if fi, err := os.Stat(r.dir + "/run2"); err != nil || fi.Mode().Perm() != 0o700 || !slices.Contains(left(), ".incoming-OLDEST") {
+		t.Errorf("after a Tree beside another server: %q, %v", left(), err)
+	}
 	_, err = r.do(&wire.Tree{App: "blog", AppDir: r.dir, RunDir: r.dir + "/run"})
 	must(t, err)
 	if !under() || slices.Contains(left(), ".incoming-OLDEST") {

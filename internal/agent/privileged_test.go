@@ -86,6 +86,19 @@ func TestTreeOfAUserPerAppHasOwnersAndModesOfTheTable(t *testing.T) {
 	_, err = r.do(m)
 	must(t, err)
 	check(0o750)
+
+	// A second server's, beside: only the folder of its sockets is made.
+	beside := *m
+	second := r.dir + "/instances-2"
+	must(t, os.Mkdir(second, 0o711))
+	must(t, os.Chown(second, ownerUID, ownerUID))
+	must(t, os.Chmod(m.AppDir+"/data", 0o750))
+	beside.RunDir, beside.Release, beside.Beside = filepath.Join(second, string(m.App)), "", true
+	_, err = r.do(&beside)
+	must(t, err)
+	checkMode(t, m.AppDir+"/data", 0o750, appUID, appUID)
+	checkMode(t, beside.RunDir, 0o2770, appUID, netGID)
+	checkMode(t, second, 0o711, ownerUID, ownerUID)
 }
 
 func TestTreeThatIsSomebodyElsesNamesTheCommandToRun(t *testing.T) {

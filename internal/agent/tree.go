@@ -90,14 +90,15 @@ func (a *agent) makeTree(m *wire.Tree) error {
 	defer a.trees.Unlock()
 	ctx, cancel := context.WithTimeoutCause(a.work, TreeTimeout, fmt.Errorf("not done within %s", TreeTimeout))
 	defer cancel()
+	if m.Beside {
+		return a.treeError(m, a.makeRunDir(ctx, m))
+	}
 	left := a.unpacks.staleIn(filepath.Join(m.AppDir, "releases"))
 	if m.User.UID == 0 {
 		left.remove()
 		return a.treeError(m, mendAll(ownersFolders(m, 0, modePrivate), appsFolders(m, 0)))
 	}
 	agentGID := uint32(os.Getegid()) // a group is 32 bits
-	owner := &launch.Identity{UID: a.settings.Owner, GID: a.settings.OwnerGroup, Groups: groups(m.User.GID, agentGID)}
-	app := &launch.Identity{UID: m.User.UID, GID: m.User.GID, Groups: groups(a.settings.InstanceGroup)}
 	instances := filepath.Dir(m.RunDir)
 	own := treeWork{Folders: ownersFolders(m, agentGID, modeLogs), Stale: left, Missing: []string{
 		filepath.Join(m.AppDir, "data"), filepath.Join(m.AppDir, "tmp"), m.RunDir,
@@ -105,22 +106,42 @@ func (a *agent) makeTree(m *wire.Tree) error {
 		{Path: m.AppDir, Mode: modeAppOpen, Group: m.User.GID, Exists: true},
 		{Path: instances, Mode: modeAppsOpen, Group: m.User.GID, Exists: true},
 	}}
+	shut := []folder{
+		{Path: m.AppDir, Mode: modeApp, Group: m.User.GID, Exists: true},
+		{Path: instances, Mode: modeApps, Group: a.settings.OwnerGroup, Exists: true},
+	}
+	return a.treeError(m, a.makeTogether(ctx, m, own, appsFolders(m, a.settings.InstanceGroup), shut))
+}
+
+// makeRunDir makes the folder of an app's sockets alone.
+func (a *agent) makeRunDir(ctx context.Context, m *wire.Tree) error {
+	all := appsFolders(m, a.settings.InstanceGroup)
+	run := all[len(all)-1:]
+	if m.User.UID == 0 {
+		return mendAll(run)
+	}
+	instances := filepath.Dir(m.RunDir)
+	own := treeWork{Missing: []string{m.RunDir}, Open: []folder{{Path: instances, Mode: modeAppsOpen, Group: m.User.GID, Exists: true}}}
+	return a.makeTogether(ctx, m, own, run, []folder{{Path: instances, Mode: modeApps, Group: a.settings.OwnerGroup, Exists: true}})
+}
+
+// makeTogether has the owner do own, the app's user make apps, and the owner shut
+// what it opened for that.
+func (a *agent) makeTogether(ctx context.Context, m *wire.Tree, own treeWork, apps, shut []folder) error {
+	owner := &launch.Identity{UID: a.settings.Owner, GID: a.settings.OwnerGroup, Groups: groups(m.User.GID, uint32(os.Getegid()))} // a group is 32 bits
+	app := &launch.Identity{UID: m.User.UID, GID: m.User.GID, Groups: groups(a.settings.InstanceGroup)}
 	var state treeState
 	err := launch.Help(ctx, TreeName, owner, own, 0, &state)
 	if err == nil {
-		err = launch.Help(ctx, TreeName, app, treeWork{Folders: appsFolders(m, a.settings.InstanceGroup)}, 0, &treeState{})
+		err = launch.Help(ctx, TreeName, app, treeWork{Folders: apps}, 0, &treeState{})
 	}
 	if state.Opened {
 		// Also after a fault, and with a time of its own.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(a.work), TreeTimeout)
 		defer cancel()
-		shut := treeWork{Folders: []folder{
-			{Path: m.AppDir, Mode: modeApp, Group: m.User.GID, Exists: true},
-			{Path: instances, Mode: modeApps, Group: a.settings.OwnerGroup, Exists: true},
-		}}
-		err = errors.Join(err, launch.Help(ctx, TreeName, owner, shut, 0, &treeState{}))
+		err = errors.Join(err, launch.Help(ctx, TreeName, owner, treeWork{Folders: shut}, 0, &treeState{}))
 	}
-	return a.treeError(m, err)
+	return err
 }
 
 // groups leaves out 0: nobody is put into root's group.

@@ -214,6 +214,9 @@ type Tree struct {
 	Release    string `json:"release"`
 	Installing bool   `json:"installing"`
 	User       User   `json:"user"`
+	// Beside: another server owns the data root; only RunDir is made. The rest is
+	// there, and what looks left behind may be that one's work.
+	Beside bool `json:"beside,omitempty"`
 }
 
 // TreeMade answers Tree.

@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 	"unicode/utf8"
 
@@ -63,7 +64,8 @@ const (
 //
 // in LogName, rotated by size. Output is never refused: what cannot be written is
 // dropped and counted, and a line says how much once there is space again. It
-// keeps no goroutine; its readers wait for each other and for the disk.
+// keeps no goroutine; its readers wait for each other and for the disk. Another
+// process, the agent of a second server, may write to the files and rotate them.
 type Log struct {
 	dir   string
 	gid   uint32
@@ -76,6 +78,7 @@ type Log struct {
 	folder  ipc.FD                             // dir, while file is open
 	open    func(name string) (logFile, error) // openFile, but for tests
 	file    logFile
+	node    uint64 // its inode
 	size    int64
 	dropped int64
 	why     error
@@ -190,7 +193,24 @@ func (l *Log) beginFile() error {
 		return err
 	}
 	l.file, l.size = f, st.Size()
+	if sys, ok := st.Sys().(*syscall.Stat_t); ok {
+		l.node = sys.Ino
+	}
 	return nil
+}
+
+// look takes note of what another process did to the file: wrote to it, rotated
+// or removed it.
+func (l *Log) look() error {
+	var st unix.Stat_t
+	err := unix.Fstatat(int(l.folder), LogName, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err == nil && st.Ino == l.node {
+		l.size = st.Size
+		return nil
+	}
+	_ = l.file.Close()
+	l.file = nil
+	return l.beginFile()
 }
 
 // Note writes a line of tako's own.
@@ -246,6 +266,10 @@ func (l *Log) put(now time.Time, b []byte) error {
 			return err
 		}
 		l.tryAt = time.Time{}
+	} else if err := l.look(); err != nil {
+		l.close()
+		l.tryAt = now.Add(retryOpen)
+		return err
 	}
 	if l.size > 0 && l.size+int64(len(b)) > l.max.Load() {
 		if err := l.rotate(); err != nil {
@@ -257,10 +281,8 @@ func (l *Log) put(now time.Time, b []byte) error {
 		l.size += int64(n)
 		return nil
 	}
-	if n > 0 {
-		if terr := l.file.Truncate(l.size); terr != nil { // no half line stays
-			l.size += int64(n)
-		}
+	if st, serr := l.file.Stat(); n > 0 && serr == nil && st.Size() == l.size+int64(n) { // and nobody wrote after us
+		_ = l.file.Truncate(l.size) // no half line stays
 	}
 	if !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) {
 		l.close()

@@ -2,10 +2,13 @@ package launch
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -177,6 +180,71 @@ func TestFullDiskDropsWholeLinesAndSaysHowMany(t *testing.T) {
 	want := "line 0|4 lines of output were lost here: no space left on device|again"
 	if got := strings.Join(texts, "|"); got != want {
 		t.Errorf("got %s\nwant %s", got, want)
+	}
+}
+
+// TestTwoLogsShareTheirFiles: the agents of two servers write side by side. No
+// line is lost or torn, and files keep to their size and number.
+func TestTwoLogsShareTheirFiles(t *testing.T) {
+	dir := t.TempDir()
+	const files, each = 4, 1500
+	var all sync.WaitGroup
+	for i := range 2 {
+		l := NewLog(dir, 0, MinLogBytes, files)
+		defer l.Close()
+		all.Go(func() {
+			for n := range each {
+				l.write(uint32(i+1), StreamOut, []string{fmt.Sprintf("%d %s", n, strings.Repeat("x", 60))})
+			}
+		})
+	}
+	all.Wait()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) > files {
+		t.Fatalf("%d files, the limit is %d: %v", len(entries), files, err)
+	}
+	last := map[uint32]string{}
+	for i := files - 1; i >= 0; i-- {
+		name := filepath.Join(dir, LogName)
+		if i > 0 {
+			name += "." + strconv.Itoa(i)
+		}
+		b, err := os.ReadFile(name)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if len(b) > MinLogBytes+1000 {
+			t.Errorf("%s has %d bytes, the limit is %d", name, len(b), MinLogBytes)
+		}
+		for line := range strings.Lines(string(b)) {
+			var got struct {
+				Instance uint32
+				Text     string
+			}
+			if err := json.Unmarshal([]byte(line), &got); err != nil {
+				t.Fatalf("%s: %q: %v", name, line, err)
+			}
+			last[got.Instance] = got.Text
+		}
+	}
+	for i := range uint32(2) {
+		if !strings.HasPrefix(last[i+1], fmt.Sprint(each-1, " ")) {
+			t.Errorf("the last line of log %d is %.20q", i+1, last[i+1])
+		}
+	}
+}
+
+func TestLogThatWasTakenAwayIsBegunAnew(t *testing.T) {
+	dir := t.TempDir()
+	l := NewLog(dir, 0, 0, 0)
+	defer l.Close()
+	l.write(1, StreamOut, []string{"first"})
+	if err := os.Remove(filepath.Join(dir, LogName)); err != nil {
+		t.Fatal(err)
+	}
+	l.write(1, StreamOut, []string{"second"})
+	if b, err := os.ReadFile(filepath.Join(dir, LogName)); err != nil || !strings.Contains(string(b), "second") {
+		t.Errorf("log: %s, %v", b, err)
 	}
 }
 
