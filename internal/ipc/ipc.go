@@ -97,11 +97,11 @@ func (r *Record) Discard() {
 // A Channel is one end of the socketpair. Send may be called from any goroutine;
 // Receive from one at a time. Close may come twice and unblocks both.
 type Channel struct {
-	conn    *net.UnixConn
-	timeout time.Duration // SendTimeout; tests have less patience
+	conn *net.UnixConn
 
 	sendMu  sync.Mutex
-	sendBuf []byte // guarded by sendMu
+	timeout time.Duration // guarded by sendMu: SendTimeout, or another patience
+	sendBuf []byte        // guarded by sendMu
 
 	recvBuf []byte // of the one receiver
 	recvOOB []byte
@@ -166,6 +166,14 @@ func (c *Channel) Close() error { return c.conn.Close() }
 // zero time takes that back. No record is lost by it.
 func (c *Channel) SetReadDeadline(t time.Time) error { return c.conn.SetReadDeadline(t) }
 
+// SetSendTimeout replaces SendTimeout by d, for the next Send; 0 makes Send wait
+// for as long as the peer lives and the channel is open.
+func (c *Channel) SetSendTimeout(d time.Duration) {
+	c.sendMu.Lock()
+	defer c.sendMu.Unlock()
+	c.timeout = d
+}
+
 // Dup returns a duplicate of the channel's descriptor, close-on-exec, for the
 // caller to close: for the next image of this process to Open.
 func (c *Channel) Dup() (FD, error) {
@@ -216,7 +224,11 @@ func (c *Channel) Send(r Record) error {
 	putHeader(b, r.Kind, flags, len(files), r.ID)
 	b = append(b, body...)
 	c.sendBuf = b[:0]
-	if err := c.conn.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
+	var late time.Time
+	if c.timeout > 0 {
+		late = time.Now().Add(c.timeout)
+	}
+	if err := c.conn.SetWriteDeadline(late); err != nil {
 		return fmt.Errorf("send kind %d: %w", r.Kind, err)
 	}
 	n, _, err := c.conn.WriteMsgUnix(b, oob, nil)

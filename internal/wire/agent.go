@@ -19,6 +19,7 @@ import (
 //	  |                                                   |
 //	  | ---- Adopt (3 FDs) ---------------------------->  |  once per instance that outlived the agent before,
 //	  |                                                   |  ahead of the first DialerSocket; then Probed and Exited
+//	  | ---- Begin ------------------------------------>  |  with those that it was to hold until the one before had gone
 //	  |                                                   |
 //	  | ---- Start ------------------------------------>  |  exactly one of the next two
 //	  | <--- Started (3 FDs) ---------------------------  |  pidfd, stdout, stderr
@@ -96,7 +97,9 @@ type Command struct {
 type Start struct {
 	Instance tako.InstanceID `json:"instance"`
 	Release  tako.ReleaseID  `json:"release"`
-	Command  Command         `json:"command"`
+	// Rollout is the master's: with Release it tells which rollout it is of.
+	Rollout int64   `json:"rollout"`
+	Command Command `json:"command"`
 	// Port is the TCP port it was told to listen on, Socket the path of its Unix
 	// socket ("" when the path would be too long). The first that answers wins.
 	Port   uint16 `json:"port"`
@@ -123,6 +126,8 @@ type Adopt struct {
 	Via Transport `json:"via"`
 	// AfterMS is the time since its process was started.
 	AfterMS int64 `json:"after_ms"`
+	// Hold: it is not to be touched before Begin, unless the channel ends.
+	Hold bool `json:"hold"`
 }
 
 // Probe is how an instance shows that it is well.

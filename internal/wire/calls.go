@@ -27,7 +27,9 @@ type Calls struct {
 
 // NewCalls makes calls over conn.
 func NewCalls(conn *Conn) *Calls {
-	return &Calls{conn: conn, waiting: make(map[uint64]chan Message)}
+	// Answers to the calls of a dead tako-master may still come, over a channel
+	// that it left: their ids are not ours.
+	return &Calls{conn: conn, next: bigID(), waiting: make(map[uint64]chan Message)}
 }
 
 // Do sends a call and waits for its answer, until ctx ends. A Fault comes back

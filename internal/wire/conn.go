@@ -20,6 +20,8 @@ type Message struct {
 	ID    uint64
 	Body  any
 	Files []ipc.FD
+
+	at Position // of a Resume: where the receiver stood
 }
 
 // Discard closes what descriptors the message still holds.
@@ -90,6 +92,11 @@ func (c *Conn) ReplyError(id uint64, err error) error {
 func (c *Conn) send(id uint64, flags ipc.Flags, body any, files []ipc.FD) error {
 	c.sendMu.Lock()
 	defer c.sendMu.Unlock()
+	return c.sendLocked(id, flags, body, files)
+}
+
+// sendLocked is send with sendMu held.
+func (c *Conn) sendLocked(id uint64, flags ipc.Flags, body any, files []ipc.FD) error {
 	rule := c.out.byType(body)
 	if rule == nil {
 		return fmt.Errorf("%s may not send %T on %s", c.out.role, body, c.link)
@@ -147,7 +154,11 @@ func (s *side) accept(rec ipc.Record) (Message, error) {
 		return Message{}, fmt.Errorf("%w: kind %d: %w", ipc.ErrProtocol, kind, err)
 	}
 	s.moved(rule)
-	return Message{Kind: kind, ID: rec.ID, Body: body, Files: rec.Files}, nil
+	m := Message{Kind: kind, ID: rec.ID, Body: body, Files: rec.Files}
+	if kind == KindResume {
+		m.at = s.position()
+	}
+	return m, nil
 }
 
 func (s *side) byType(body any) *Rule {

@@ -13,6 +13,9 @@ const (
 	KindPong  Kind = 4
 	KindFault Kind = 5
 
+	KindResume  Kind = 6
+	KindResumed Kind = 7
+
 	KindListeners       Kind = 100
 	KindSigner          Kind = 101
 	KindDialer          Kind = 102
@@ -31,6 +34,7 @@ const (
 	KindUnreachable     Kind = 123
 	KindTraffic         Kind = 124
 	KindDrained         Kind = 125
+	KindHolds           Kind = 126
 
 	KindAgentSettings Kind = 200
 	KindDialerSocket  Kind = 201
@@ -41,6 +45,7 @@ const (
 	KindUnpack        Kind = 206
 	KindRelease       Kind = 208
 	KindAdopt         Kind = 207
+	KindBegin         Kind = 209
 	KindStarted       Kind = 220
 	KindStartFailed   Kind = 221
 	KindProbed        Kind = 222
@@ -48,6 +53,7 @@ const (
 	KindRan           Kind = 224
 	KindTreeMade      Kind = 225
 	KindUnpacked      Kind = 226
+	KindPresent       Kind = 227
 
 	KindSign   Kind = 300
 	KindSigned Kind = 301

@@ -82,7 +82,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindListeners, In: set, Once: true, New: of[Listeners](), FilesOf: func(m any) int {
 				return len(m.(*Listeners).Names)
 			}},
-			{Kind: KindSigner, In: set, Once: true, Files: 1, New: of[Signer]()},
+			{Kind: KindSigner, In: always, Files: 1, New: of[Signer]()},
 			{Kind: KindDialer, In: always, Files: 1, New: of[Dialer]()},
 			{Kind: KindProxySettings, In: always, New: of[ProxySettings]()},
 			{Kind: KindTicketKeys, In: always, New: of[TicketKeys]()},
@@ -94,6 +94,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindServe, In: set, Once: true, Next: Serving, New: of[Serve]()},
 			{Kind: KindPing, In: always, New: of[Ping]()},
 			{Kind: KindDrain, In: live, Once: true, Next: Draining, New: of[Drain]()},
+			{Kind: KindResume, In: always, New: of[Resume]()},
 		},
 		Proxy: {
 			{Kind: KindHello, In: begin, Next: Configuring, New: of[Hello]()},
@@ -105,6 +106,8 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindUnreachable, In: live, New: of[Unreachable]()},
 			{Kind: KindTraffic, In: live, New: of[Traffic]()},
 			{Kind: KindDrained, In: live, Once: true, Next: Finished, New: of[Drained]()},
+			{Kind: KindResumed, In: always, Reply: true, New: of[Resumed]()},
+			{Kind: KindHolds, In: live, New: of[Holds]()},
 		},
 	},
 	LinkAgent: {
@@ -118,7 +121,9 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindStart, In: live, New: of[Start]()},
 			{Kind: KindAdopt, In: live, Files: 3, New: of[Adopt]()},
 			{Kind: KindStop, In: live, New: of[Stop]()},
+			{Kind: KindBegin, In: live, New: of[Begin]()},
 			{Kind: KindRelease, In: live, Once: true, Next: Draining, New: of[Release]()},
+			{Kind: KindResume, In: always, New: of[Resume]()},
 			{Kind: KindPing, In: []State{Configuring, Serving}, New: of[Ping]()},
 		},
 		Agent: {
@@ -133,6 +138,13 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindStartFailed, In: live, New: of[StartFailed]()},
 			{Kind: KindProbed, In: live, New: of[Probed]()},
 			{Kind: KindExited, In: live, New: of[Exited]()},
+			{Kind: KindResumed, In: []State{Configuring, Serving}, Reply: true, New: of[Resumed]()},
+			{Kind: KindPresent, In: live, New: of[Present](), FilesOf: func(m any) int {
+				if m.(*Present).Held {
+					return 3
+				}
+				return 0
+			}},
 		},
 	},
 	LinkSigning: {

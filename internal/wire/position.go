@@ -2,8 +2,6 @@ package wire
 
 import (
 	"fmt"
-	"maps"
-	"slices"
 	"time"
 
 	"tako/internal/ipc"
@@ -33,8 +31,8 @@ func (c *Conn) HandOver() (ipc.FD, Position, error) {
 	c.sendMu.Lock()
 	defer c.sendMu.Unlock()
 	return fd, Position{
-		Out: c.out.state, OutSeen: slices.Sorted(maps.Keys(c.out.seen)),
-		In: c.in.state, InSeen: slices.Sorted(maps.Keys(c.in.seen)),
+		Out: c.out.state, OutSeen: c.out.kinds(),
+		In: c.in.state, InSeen: c.in.kinds(),
 	}, nil
 }
 

@@ -9,7 +9,7 @@ import (
 //	master                                              proxy
 //	  | ---- Hello ----------------------------------->   |  Starting
 //	  | <--- Hello ------------------------------------   |  Configuring
-//	  | ---- Listeners (n FDs), Signer, Dialer -------->  |  each once
+//	  | ---- Listeners (n FDs), Signer, Dialer -------->  |  the first once
 //	  | ---- ProxySettings, TicketKeys ---------------->  |  may come again while it serves
 //	  | ---- Certificate*, App* ----------------------->  |
 //	  | ---- Serve ------------------------------------>  |

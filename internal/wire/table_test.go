@@ -262,7 +262,7 @@ func newSide(link Link, from Role, state State) *side {
 func TestOnlyWhatTheTablePermitsIsAccepted(t *testing.T) {
 	wants := make(map[Kind]ipc.Record) // a well-formed record of each kind
 	each(func(_ Link, _ Role, r *Rule) { wants[r.Kind] = record(t, r) })
-	for _, k := range []Kind{0, 6, 99, 199, 304, 0xffff} {
+	for _, k := range []Kind{0, 8, 99, 199, 304, 0xffff} {
 		wants[k] = ipc.Record{Kind: uint16(k), Body: []byte("{}")}
 	}
 	accepted := 0
