@@ -136,3 +136,23 @@ var hop = [ids]bool{
 	TE: true, Trailer: true, TransferEncoding: true, Upgrade: true, HTTP2Settings: true, Expect: true, ContentLength: true,
 	Host: true,
 }
+
+// Kept reports whether a field of that id goes on even if Connection names it:
+// taking it away would change what a message means, or who sent it.
+func (id ID) Kept() bool { return kept[id] }
+
+var kept = [ids]bool{
+	Host: true, ContentLength: true, ContentType: true, Authorization: true, Cookie: true, SetCookie: true, CacheControl: true,
+	Forwarded: true, XForwardedFor: true, XForwardedHost: true, XForwardedPort: true, XForwardedProto: true, XRealIP: true,
+	XRequestID: true, Disguised: true,
+}
+
+// InTrailer reports whether a field of that id may stand in a trailer: it is
+// about no hop, and says nothing of framing, routing, trust, or how the content
+// is to be taken (RFC 9110, 6.5.1).
+func (id ID) InTrailer() bool { return !hop[id] && !kept[id] && !early[id] }
+
+var early = [ids]bool{
+	Age: true, ContentEncoding: true, Date: true, HTTP2Settings: true, Location: true, Proxy: true, Range: true,
+	RetryAfter: true, Vary: true,
+}
