@@ -102,14 +102,13 @@ func TestInstanceThatDiedBeforeItWasAdoptedIsReportedAtOnce(t *testing.T) {
 	kill()
 	must(t, supervise.Signal(int(files[0]), unix.SIGKILL))
 	r := newRig(t, unprivileged)
-	begin := time.Now()
 	must(t, r.conn.Send(0, &wire.Adopt{Start: *m, PID: started.PID, Via: wire.TransportTCP}, files...))
 	for _, f := range files {
 		f.Close()
 	}
 	e := want[*wire.Exited](r)
-	if !e.Exit.Forgotten || time.Since(begin) > 5*time.Second {
-		t.Errorf("%+v after %s", e, time.Since(begin))
+	if !e.Exit.Forgotten {
+		t.Errorf("%+v", e)
 	}
 	waitGone(t, started.PID) // and its child, which ignores SIGTERM:
 	b, err := os.ReadFile(m.LogDir + "/current.log")
@@ -169,7 +168,7 @@ func TestWhatACutOffUnpackLeftIsRemoved(t *testing.T) {
 	must(t, unix.Pipe2(pipe[:], unix.O_CLOEXEC))
 	done := make(chan error, 1)
 	go func() {
-		_, err := r.do(&wire.Unpack{App: "blog", Dir: releases, Name: "v2", MaxBytes: 1000, MaxFiles: 10, TimeoutMS: 2_000}, ipc.FD(pipe[0]))
+		_, err := r.do(&wire.Unpack{App: "blog", Dir: releases, Name: "v2", MaxBytes: 1000, MaxFiles: 10, TimeoutMS: int(patience.Milliseconds())}, ipc.FD(pipe[0]))
 		done <- err
 	}()
 	under := func() bool {

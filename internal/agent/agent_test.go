@@ -210,14 +210,10 @@ func TestInstanceComesUpOverUnixAndOverTCP(t *testing.T) {
 func TestInstanceThatEndsAtOnceIsReportedWithItsExitAndLastLines(t *testing.T) {
 	r := newRig(t, unprivileged)
 	m := r.app(1, "crash")
-	begin := time.Now()
 	r.start(m)
 	e := want[*wire.Exited](r)
 	if e.Exit.Code != 3 || e.Exit.Signal != "" || !slices.Contains(e.LastLines, "about to fail") || !slices.Contains(e.LastLines, "no such table: users") {
 		t.Fatalf("%+v", e)
-	}
-	if took := time.Since(begin); took > 5*time.Second {
-		t.Errorf("seen after %s", took)
 	}
 	var seen []string
 	for line := range strings.SplitSeq(strings.TrimSpace(r.logText()), "\n") {
@@ -466,7 +462,6 @@ func TestEndOfTheChannelStopsEverything(t *testing.T) {
 		for want[*wire.Probed](r).Instance.N != uint32(i+1) {
 		}
 	}
-	begin := time.Now()
 	r.conn.Close()
 	select {
 	case err := <-r.ended:
@@ -474,14 +469,11 @@ func TestEndOfTheChannelStopsEverything(t *testing.T) {
 			t.Errorf("Run: %v", err)
 		}
 		r.ended <- err
-	case <-time.After(LeaveTimeout):
+	case <-time.After(patience):
 		t.Fatal("Run did not return")
 	}
 	for _, pid := range pids {
 		waitGone(t, pid)
-	}
-	if took := time.Since(begin); took > LeaveGrace {
-		t.Errorf("took %s", took)
 	}
 	if n := strings.Count(r.logText(), "asked to stop"); n != 3 {
 		t.Errorf("%d instances were asked to stop, want 3", n)

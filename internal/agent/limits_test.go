@@ -6,7 +6,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/hashicorp/go-hclog"
 
@@ -141,11 +140,10 @@ func TestGreetingOfAnotherProtocolIsRefused(t *testing.T) {
 func TestOutputIsNotAwaitedOfAGrandchildThatKeepsItOpen(t *testing.T) {
 	r := newRig(t, unprivileged)
 	m := r.app(1, "leave-behind")
-	begin := time.Now()
 	r.start(m)
-	e := want[*wire.Exited](r)
-	if took := time.Since(begin); e.Exit.Code != 0 || took > 10*time.Second {
-		t.Errorf("%+v after %s", e, took)
+	e := want[*wire.Exited](r) // while the grandchild lives on
+	if e.Exit.Code != 0 {
+		t.Errorf("%+v", e)
 	}
 	var pid int
 	for _, l := range e.LastLines {

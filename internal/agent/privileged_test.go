@@ -9,7 +9,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -279,11 +278,10 @@ func TestUnpackMakesAReleaseOfTheAppsGroup(t *testing.T) {
 			u.Name, u.TimeoutMS = "v3", 200
 			var pipe [2]int // that never ends
 			must(t, unix.Pipe2(pipe[:], unix.O_CLOEXEC))
-			begin := time.Now()
 			_, err = r.do(u, ipc.FD(pipe[0]))
 			ipc.FD(pipe[0]).Close()
 			ipc.FD(pipe[1]).Close()
-			if e := tako.AsError(err); e == nil || e.Code != tako.CodeFailed || !strings.Contains(e.Message, "within 200ms") || time.Since(begin) > 10*time.Second {
+			if e := tako.AsError(err); e == nil || e.Code != tako.CodeFailed || !strings.Contains(e.Message, "within 200ms") {
 				t.Errorf("too late: %v", err)
 			}
 			names, err := os.ReadDir(releases)

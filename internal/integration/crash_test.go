@@ -39,9 +39,9 @@ func lastMiss(r takotest.Report, since time.Time) time.Duration {
 // TestADeadInstanceIsOutAtOnceAndReplaced kills one of two instances under load.
 func TestADeadInstanceIsOutAtOnceAndReplaced(t *testing.T) {
 	t.Parallel()
-	times, limit := 1, time.Second // others run beside
+	times, limit := 1, inTime(100*time.Millisecond)
 	if soaking() {
-		times, limit = 20, 100*time.Millisecond
+		times = 20
 	}
 	s := start(t, takotest.Options{})
 	lay(t, s, "blog", "1", quick(nil))
@@ -93,10 +93,6 @@ func TestADeadInstanceIsOutAtOnceAndReplaced(t *testing.T) {
 // SIGSTOP: it is there, and answers nothing.
 func TestAHungInstanceIsOutInTimeAndReplaced(t *testing.T) {
 	t.Parallel()
-	limit := 8 * time.Second // others run beside
-	if soaking() {
-		limit = 3 * time.Second
-	}
 	s := start(t, takotest.Options{})
 	lay(t, s, "blog", "1", quick(nil))
 	if _, err := ask(s, "blog", "1", map[string]any{"instances": 2}); err != nil {
@@ -107,7 +103,7 @@ func TestAHungInstanceIsOutInTimeAndReplaced(t *testing.T) {
 	if err := s.Signal(victim.PID, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	out := until(t, limit, "the hung instance is unhealthy", func() bool {
+	out := until(t, 3*time.Second, "the hung instance is unhealthy", func() bool {
 		for _, in := range status(t, s, "blog").Instances {
 			if in.ID == victim.ID {
 				return in.State == "unhealthy"
@@ -118,7 +114,7 @@ func TestAHungInstanceIsOutInTimeAndReplaced(t *testing.T) {
 	// From now on nothing is sent to it.
 	for range 20 {
 		began := time.Now()
-		if a := about(t, s, "blog.localhost"); a.PID == victim.PID || time.Since(began) > 5*time.Second {
+		if a := about(t, s, "blog.localhost"); a.PID == victim.PID || time.Since(began) > inTime(5*time.Second) {
 			t.Errorf("pid %d answered in %s", a.PID, time.Since(began))
 		}
 	}

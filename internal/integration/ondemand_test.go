@@ -91,7 +91,7 @@ func TestABurstOnASleepingAppStartsOneInstance(t *testing.T) {
 func TestTheQueueOfASleepingAppIsBounded(t *testing.T) {
 	t.Parallel()
 	s := start(t, takotest.Options{})
-	onDemand(t, s, "blog", map[string]any{"queue": map[string]any{"waiters": 2, "wait": 30}}, "-slow", "1500ms")
+	onDemand(t, s, "blog", map[string]any{"queue": map[string]any{"waiters": 2, "wait": 60}}, "-slow", "3s")
 	asleep(t, s, "blog")
 	codes := make(chan int, 3)
 	for range 3 {
@@ -169,12 +169,12 @@ func TestAFailedStartIsToldToAllWaitersAtOnceAndRemembered(t *testing.T) {
 		})
 	}
 	all.Wait()
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > inTime(5*time.Second) {
 		t.Errorf("the waiters were told after %s", took)
 	}
 	started := logged(s, "starting instance: app=blog")
 	answer, err := s.Get(t.Context(), takotest.HTTP1, "blog.localhost/")
-	if err != nil || answer.StatusCode != http.StatusBadGateway || answer.Took > time.Second {
+	if err != nil || answer.StatusCode != http.StatusBadGateway || answer.Took > inTime(time.Second) {
 		t.Errorf("during the back-off: %v after %s, %v", answer.Response, answer.Took, err)
 	}
 	if n := logged(s, "starting instance: app=blog"); n > started+1 {
@@ -203,7 +203,7 @@ func TestStopDuringAColdStartStops(t *testing.T) {
 	if _, err := s.Ask("stop", map[string]any{"app": "blog"}); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > inTime(5*time.Second) {
 		t.Errorf("stop took %s", took)
 	}
 	if answer := <-answered; answer.Response == nil || answer.StatusCode != http.StatusServiceUnavailable {
@@ -219,9 +219,9 @@ func TestStopDuringAColdStartStops(t *testing.T) {
 // answer's end, less the time from the app's main to its listening.
 func TestColdStartAddsLittle(t *testing.T) {
 	t.Parallel()
-	times, limit := 3, time.Second // others run beside
+	times, limit := 3, inTime(10*time.Millisecond)
 	if soaking() {
-		times, limit = 20, 10*time.Millisecond
+		times = 20
 	}
 	s := start(t, takotest.Options{})
 	onDemand(t, s, "blog", nil, "-slow", "50ms")

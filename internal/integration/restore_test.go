@@ -15,9 +15,9 @@ import (
 // ready are served at once, and one that never starts delays no other.
 func TestManyAppsComeBackSideBySide(t *testing.T) {
 	t.Parallel()
-	apps, limit := 10, 5*time.Second // others run beside
+	apps, limit := 10, inTime(time.Second)
 	if soaking() {
-		apps, limit = 200, time.Second
+		apps = 200
 	}
 	s := prepare(t, takotest.Options{})
 	if err := s.Start(); err != nil {

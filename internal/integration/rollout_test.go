@@ -109,11 +109,7 @@ func TestThreeInstancesOfTheGoExampleAreDeployedInTime(t *testing.T) {
 		t.Fatalf("deploy: %v, exit status %d, %s", err, code, stderr)
 	}
 	t.Logf("3 instances in %s, the upload included", took.Round(10*time.Millisecond))
-	limit := 30 * time.Second // others run beside
-	if soaking() {
-		limit = 10 * time.Second
-	}
-	if took > limit {
+	if limit := inTime(10 * time.Second); took > limit {
 		t.Errorf("it took %s, more than %s", took, limit)
 	}
 	if n := len(status(t, s, "hello").Instances); n != 3 {

@@ -519,7 +519,8 @@ func TestAListenerThatBreaksIsAnError(t *testing.T) {
 
 func TestUploads(t *testing.T) {
 	const line = `{"command":"upload","app":"blog","version":"v1"}` + "\n"
-	s := serve(t, &fake{}, func(c *Config) { c.Limits.MaxUploadBytes, c.Limits.UploadIdleTimeout = 10, 100*time.Millisecond })
+	s := serve(t, &fake{}, func(c *Config) { c.Limits.MaxUploadBytes = 10 })
+	hasty := serve(t, &fake{}, func(c *Config) { c.Limits.UploadIdleTimeout = 100 * time.Millisecond })
 	for _, c := range []struct{ name, body, want, code string }{
 		{"chunks", "\x00\x00\x00\x03abc\x00\x00\x00\x01d\x00\x00\x00\x00", "", ""},
 		{"nothing", "\x00\x00\x00\x00", "", ""},
@@ -532,6 +533,8 @@ func TestUploads(t *testing.T) {
 	} {
 		conn, in := s.dial(t), line
 		switch c.name {
+		case "stalled":
+			conn = hasty.dial(t)
 		case "bad app":
 			in = strings.Replace(line, "blog", "Blog", 1)
 		case "no version":

@@ -22,8 +22,8 @@ import (
 
 // Bounds of the waits. They are generous: a test that meets one has failed.
 const (
-	StartWait = 30 * time.Second // from start to the first answer on the socket
-	StopWait  = 15 * time.Second // from SIGTERM, or the master's death, to the last process's end
+	StartWait = 60 * time.Second // from start to the first answer on the socket
+	StopWait  = 30 * time.Second // from SIGTERM, or the master's death, to the last process's end
 	AskWait   = 60 * time.Second // of one command
 )
 
