@@ -16,6 +16,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -41,6 +42,9 @@ const (
 	// LeaveTimeout bounds the end: LeaveGrace after SIGTERM comes SIGKILL.
 	LeaveTimeout = 8 * time.Second
 	LeaveGrace   = 5 * time.Second
+	// ProxiesLeave bounds how long instances outlast a master that went away, for
+	// what the proxies still serve: those give it 5 s.
+	ProxiesLeave = 6 * time.Second
 
 	maxCommand = 4096 // words of a command, and variables of its environment
 )
@@ -213,6 +217,9 @@ func (a *agent) serve(ctx context.Context, received <-chan wire.Message, lost *e
 			return nil
 		case m, ok := <-received:
 			if !ok {
+				if errors.Is(*lost, io.EOF) {
+					a.letFinish(ctx)
+				}
 				return fmt.Errorf("channel to tako-master: %w", *lost)
 			}
 			err := a.message(&m)
@@ -224,6 +231,23 @@ func (a *agent) serve(ctx context.Context, received <-chan wire.Message, lost *e
 			if err := a.event(e); err != nil {
 				return err
 			}
+		}
+	}
+}
+
+// letFinish waits for the proxies to leave, after the master went away: they
+// answer what they have accepted, and need the instances for it.
+func (a *agent) letFinish(ctx context.Context) {
+	late := time.After(ProxiesLeave)
+	for len(a.dialers) > 0 {
+		select {
+		case e := <-a.events:
+			_ = a.event(e) // there is nobody to be told
+		case <-time.After(5 * time.Millisecond): // each has its own goroutine
+		case <-late:
+			return
+		case <-ctx.Done():
+			return
 		}
 	}
 }
