@@ -412,7 +412,7 @@ func (a *app) message() *wire.App {
 	}
 	if b := a.builds[v.Build]; b != nil {
 		msg.PlainHTTP = !b.manifest.HTTPSRedirect
-		msg.MaxInFlight = b.manifest.Limits.InFlight
+		msg.MaxInFlight, msg.MaxBody = b.manifest.Limits.InFlight, b.manifest.Limits.RequestBody
 		msg.Queue = wire.Queue{Waiters: b.manifest.Queue.Waiters, WaitMS: int(b.manifest.Queue.Wait.Milliseconds())}
 	}
 	for _, in := range v.All {

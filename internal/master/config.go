@@ -18,6 +18,7 @@ import (
 
 	"tako/internal/paths"
 	"tako/internal/tako"
+	"tako/internal/wire"
 )
 
 // Config is how a server is to run. NewFlags fills it.
@@ -39,6 +40,7 @@ type Config struct {
 	InstancePorts      string
 	InstancePortOffset uint16
 	TrustedProxies     []string
+	HTTPEngine         string
 
 	KeepReleases     int
 	KeepReleasesDays int
@@ -96,6 +98,7 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.InstancePorts, "instance-ports", "20000-31999", "TCP ports on loopback for instances")
 	f.Uint16Var(&c.InstancePortOffset, "instance-port-offset", 0, "shift the apps' preferred instance ports, for a second server on this host")
 	f.StringSliceVar(&c.TrustedProxies, "trusted-proxies", nil, "addresses or prefixes whose X-Forwarded-* are believed (default: nobody's)")
+	f.StringVar(&c.HTTPEngine, "http-engine", string(wire.EngineTako), "what speaks HTTP with clients: tako, or Go's own net/http, which is slower and less strict")
 	f.IntVar(&c.KeepReleases, "keep-releases", 10, "releases of an app to keep on disk at least")
 	f.IntVar(&c.KeepReleasesDays, "keep-releases-days", 30, "days to keep every release for")
 	f.StringVar(&c.ProxyUser, "proxy-user", "tako-proxy", "user of tako-proxy, by name or UID:GID")
@@ -287,6 +290,9 @@ func (c Config) settle() (settled, error) {
 			prefix = netip.PrefixFrom(ip, ip.BitLen())
 		}
 		s.trusted = append(s.trusted, prefix.Masked().String())
+	}
+	if e := wire.HTTPEngine(c.HTTPEngine); e != wire.EngineTako && e != wire.EngineNetHTTP {
+		fault("--http-engine: %q is neither %s nor %s", c.HTTPEngine, wire.EngineTako, wire.EngineNetHTTP)
 	}
 	if c.RenewalHours == 0 || c.RenewalHours > 24*30 {
 		fault("--renewal-interval-hours: %d is not from 1 to 720", c.RenewalHours)

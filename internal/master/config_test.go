@@ -76,7 +76,7 @@ func TestBadSettingsNameEachFault(t *testing.T) {
 
 func TestValidateReportsEveryFault(t *testing.T) {
 	c, err := parse(t, "", "--port=80", "--tls-port=80", "--instance-ports=1-2", "--app-uids=x", "--listen-address=localhost",
-		"--trusted-proxies=everyone", "--renewal-interval-hours=0", "--log-level=loud", "--log-format=xml",
+		"--trusted-proxies=everyone", "--renewal-interval-hours=0", "--log-level=loud", "--log-format=xml", "--http-engine=apache",
 		"--socket=/tmp/"+strings.Repeat("s", 120))
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +87,7 @@ func TestValidateReportsEveryFault(t *testing.T) {
 	}
 	for _, want := range []string{
 		"--port and --tls-port", "--instance-ports", "--app-uids", "--listen-address", "--trusted-proxies",
-		"--renewal-interval-hours", "--log-level", "--log-format", "at most 107",
+		"--renewal-interval-hours", "--log-level", "--log-format", "--http-engine", "at most 107",
 	} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the error does not speak of %q:\n%v", want, err)

@@ -35,6 +35,8 @@ const (
 	MaxCPU       = 1024
 	MinMemory    = 4 << 20 // bytes
 	MaxMemory    = 1 << 40
+	MinBody      = 1 << 10 // bytes
+	MaxBody      = 1 << 40
 )
 
 // Manifest is a checked app.json. Fields it does not know are ignored: other
@@ -111,6 +113,8 @@ type Limits struct {
 	PIDs   int
 	// InFlight bounds the requests at once, streams apart; more wait in a queue.
 	InFlight int
+	// RequestBody bounds the body of a request, in bytes; 0: not at all.
+	RequestBody int64
 }
 
 // Timeouts bound the steps of a deploy.
@@ -377,7 +381,7 @@ var (
 	codeRange  = regexp.MustCompile(`^([1-5][0-9][0-9])-([1-5][0-9][0-9])$`)
 	codeClass  = regexp.MustCompile(`^[1-5]xx$`)
 	codeOne    = regexp.MustCompile(`^[1-5][0-9][0-9]$`)
-	memorySize = regexp.MustCompile(`^([1-9][0-9]{0,14})([KMGT]?)$`)
+	size       = regexp.MustCompile(`^([1-9][0-9]{0,14})([KMGT]?)$`)
 	processID  = regexp.MustCompile(`^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$`)
 	envName    = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 )
@@ -454,25 +458,30 @@ func readLimits(o object) Limits {
 		CPU: o.number("cpu", 0, 0.01, MaxCPU), PIDs: o.integer("pids", 0, 1, MaxPIDs),
 		InFlight: o.integer("in_flight", 0, 1, MaxInFlight),
 	}
-	if !o.has("memory") {
-		return l
+	l.Memory = readSize(o, "memory", `a size like "512M" or "2G", from 4M to 1T`, MinMemory, MaxMemory)
+	l.RequestBody = readSize(o, "request_body", `a size like "10M" or "1G", from 1K to 1T`, MinBody, MaxBody)
+	return l
+}
+
+// readSize reads bytes with a K, M, G or T behind them; 0 if there are none.
+func readSize(o object, name, want string, least, most int64) int64 {
+	if !o.has(name) {
+		return 0
 	}
-	const want = `a size like "512M" or "2G", from 4M to 1T`
-	s, ok := o.fields["memory"].(string)
+	s, ok := o.fields[name].(string)
 	if !ok {
-		mismatch(o.name("memory"), o.fields["memory"], want)
+		mismatch(o.name(name), o.fields[name], want)
 	}
-	parts := memorySize.FindStringSubmatch(s)
+	parts := size.FindStringSubmatch(s)
 	if parts == nil {
-		refuse(o.name("memory"), "got %.40q, want %s", s, want)
+		refuse(o.name(name), "got %.40q, want %s", s, want)
 	}
 	n := int64(atoi(parts[1]))
 	shift := map[string]int{"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[parts[2]]
-	if n > MaxMemory>>shift || n<<shift < MinMemory {
-		refuse(o.name("memory"), "got %.40q, want %s", s, want)
+	if n > most>>shift || n<<shift < least {
+		refuse(o.name(name), "got %.40q, want %s", s, want)
 	}
-	l.Memory = n << shift
-	return l
+	return n << shift
 }
 
 func readTimeouts(o object) Timeouts {

@@ -69,7 +69,7 @@ func TestManifestTakesEveryField(t *testing.T) {
 		"env_vars": {"A": "1", "PORT": "9", "TAKO_X": ""}, "commit_message": "", "git_dirty": false, "https_redirect": false, "protocol": "h2c", "listen": null,
 		"health": {"kind": "connect", "path": "/up?x=1", "host": "a.b:80", "codes": [200, "204", "3xx", "400-404"], "interval_ms": 200},
 		"processes": {"worker": {"start": ["{main}", "work"], "instances": 2}, "b": {"start": ["sh"]}, "none": {"start": ["sh"], "instances": 0}},
-		"limits": {"memory": "512M", "cpu": 1.5, "pids": 64},
+		"limits": {"memory": "512M", "cpu": 1.5, "pids": 64, "request_body": "10M"},
 		"timeouts": {"ready": 1, "drain": 0, "streams": 0.5, "grace": 0, "stability": 0, "install": 2, "release": 7200},
 		"queue": {"waiters": 0, "wait": 0.25}}`)
 	clean := false
@@ -84,7 +84,7 @@ func TestManifestTakesEveryField(t *testing.T) {
 		Processes: map[string]Process{
 			"worker": {Start: []string{"./bin/app", "work"}, Instances: 2}, "b": {Start: []string{"sh"}, Instances: 1}, "none": {Start: []string{"sh"}},
 		},
-		Limits:   Limits{Memory: 512 << 20, CPU: 1.5, PIDs: 64},
+		Limits:   Limits{Memory: 512 << 20, CPU: 1.5, PIDs: 64, RequestBody: 10 << 20},
 		Timeouts: Timeouts{Ready: time.Second, Streams: 500 * time.Millisecond, Install: 2 * time.Second, Release: 2 * time.Hour},
 		Queue:    Queue{Wait: 250 * time.Millisecond}, file: file,
 	}
@@ -199,6 +199,8 @@ func TestManifestRefusals(t *testing.T) {
 		{with(`"limits": 1`), parsing + `field "limits": got a number, want an object`},
 		{with(`"limits": {"memory": 512}`), parsing + `field "limits.memory": got a number, want a size like "512M" or "2G", from 4M to 1T`},
 		{with(`"limits": {"memory": "lots"}`), parsing + `field "limits.memory": got "lots", want a size like "512M" or "2G", from 4M to 1T`},
+		{with(`"limits": {"request_body": "512"}`), parsing + `field "limits.request_body": got "512", want a size like "10M" or "1G", from 1K to 1T`},
+		{with(`"limits": {"request_body": 5}`), parsing + `field "limits.request_body": got a number, want a size like "10M" or "1G", from 1K to 1T`},
 		{with(`"limits": {"memory": "3M"}`), parsing + `field "limits.memory": got "3M", want a size like "512M" or "2G", from 4M to 1T`},
 		{with(`"limits": {"memory": "2T"}`), parsing + `field "limits.memory": got "2T", want a size like "512M" or "2G", from 4M to 1T`},
 		{with(`"limits": {"memory": "999999999999999T"}`), parsing + `field "limits.memory": got "999999999999999T", want a size like "512M" or "2G", from 4M to 1T`},

@@ -57,7 +57,19 @@ type ProxySettings struct {
 	// TrustedProxies are CIDR prefixes whose X-Forwarded-*, Forwarded and
 	// X-Request-ID are believed. Empty: nobody's.
 	TrustedProxies []string `json:"trusted_proxies"`
+	// Engine is what speaks HTTP with clients. The proxy chooses it when it begins
+	// to serve; a change comes with the next generation.
+	Engine HTTPEngine `json:"engine"`
 }
+
+// HTTPEngine names an implementation of HTTP.
+type HTTPEngine string
+
+// The engines.
+const (
+	EngineTako    HTTPEngine = "tako"
+	EngineNetHTTP HTTPEngine = "net/http"
+)
 
 // TicketKeys are the keys of TLS session tickets, the first one in use, 32 bytes
 // each, so that sessions resume in whichever proxy they come back to.
@@ -105,6 +117,8 @@ type App struct {
 	// MaxInFlight bounds the requests at once on each instance, streams apart; more
 	// wait. 0: 256.
 	MaxInFlight int `json:"max_in_flight"`
+	// MaxBody bounds the body of a request, in bytes; more is answered 413. 0: none.
+	MaxBody int64 `json:"max_body"`
 	// Trouble is set when requests are to be refused at once, and why.
 	Trouble Trouble `json:"trouble"`
 	// Instances are the upstreams, draining ones included.
