@@ -139,11 +139,7 @@ func TestAnAppThatFloodsItsLogSlowsNobodyElse(t *testing.T) {
 	}()
 	loud := median()
 	t.Logf("another app's median: %s in quiet, %s beside a flood, %.1f times as long", quiet, loud, float64(loud)/float64(quiet))
-	limit := 20.0 // others run beside
-	if soaking() {
-		limit = 5
-	}
-	if ratio := float64(loud) / float64(quiet); ratio > limit && loud > 50*time.Millisecond {
+	if ratio := float64(loud) / float64(quiet); ratio > 5 && loud > inTime(50*time.Millisecond) {
 		t.Errorf("beside a flood another app answers %.1f times as slowly", ratio)
 	}
 	if err := <-flooded; err != nil {

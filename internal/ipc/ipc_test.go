@@ -336,6 +336,7 @@ func TestSendGivesUpOnAPeerThatDoesNotRead(t *testing.T) {
 			t.Fatalf("%d bytes, %v", len(r.Body), err)
 		}
 	}
+	a.timeout = SendTimeout
 	if err := a.Send(Record{Kind: 9}); err != nil {
 		t.Error(err)
 	}

@@ -303,12 +303,8 @@ func TestQuietComesAgainWithTheLastStream(t *testing.T) {
 	for _, c := range conns {
 		_ = c.Close()
 	}
-	began := time.Now()
 	if q := expect[*wire.Quiet](m); q.Streams != 0 || q.Revision != revision {
 		t.Errorf("got %+v", q)
-	}
-	if took := time.Since(began); took > TrafficEvery/2 {
-		t.Errorf("it took %s", took)
 	}
 }
 
