@@ -29,6 +29,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -69,7 +70,8 @@ type Certificate struct {
 
 type entry struct {
 	Certificate
-	signer crypto.Signer
+	signer  crypto.Signer
+	written time.Time // the chain's file, as Reread found it
 }
 
 // Keeper holds the certificates of one folder. It is safe for concurrent use.
@@ -77,6 +79,8 @@ type Keeper struct {
 	dir string
 	log hclog.Logger
 	now func() time.Time
+
+	beside atomic.Bool // another process keeps the folder
 
 	mu   sync.Mutex
 	byID map[string]*entry
@@ -131,6 +135,9 @@ func (k *Keeper) All() []Certificate {
 // is a name or "*.suffix". For a public name without a certificate nothing is
 // made: the fallback answers for it.
 func (k *Keeper) Ensure(hosts []string) ([]Certificate, error) {
+	if k.beside.Load() {
+		return nil, nil
+	}
 	var made []Certificate
 	for _, host := range hosts {
 		if !Private(host) {
@@ -154,6 +161,9 @@ func (k *Keeper) Ensure(hosts []string) ([]Certificate, error) {
 // Renew makes anew the self-signed certificates that are about to end, and
 // returns them.
 func (k *Keeper) Renew() []Certificate {
+	if k.beside.Load() {
+		return nil
+	}
 	var made []Certificate
 	for _, c := range k.All() {
 		if !c.SelfSigned || k.now().Before(c.NotAfter.Add(-RenewBefore)) {
