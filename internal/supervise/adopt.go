@@ -2,8 +2,11 @@ package supervise
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -48,12 +51,16 @@ func (c *Child) HandOver() (Handed, error) {
 	return Handed{Role: c.Role, PID: c.PID, PIDFD: ipc.FD(pidfd), Output: ipc.FD(out), Started: c.Started}, nil
 }
 
-// Adopt goes on with a child that an older image of this process started. Its
-// channel is given; h's descriptors are the Child's from here on.
+// ErrNotOurs is the Err of an Exit of a child that another process started: only
+// a parent is told.
+var ErrNotOurs = errors.New("exit status unknown")
+
+// Adopt goes on with a child that an older image of this process started, or a
+// process of the same program that has died since. Its channel is given; h's
+// descriptors are the Child's from here on.
 func Adopt(h Handed, channel *ipc.Channel, log hclog.Logger) (*Child, error) {
-	proc, err := os.FindProcess(h.PID)
-	if err != nil || h.PID <= 1 {
-		return nil, fmt.Errorf("adopt %s: process %d: %w", h.Role, h.PID, err)
+	if of := PIDOf(int(h.PIDFD)); h.PID <= 1 || of != h.PID && of != -1 {
+		return nil, fmt.Errorf("adopt %s: the descriptor is of process %d, not of %d", h.Role, of, h.PID)
 	}
 	if err := unix.SetNonblock(int(h.Output), true); err != nil {
 		return nil, fmt.Errorf("adopt %s: its output: %w", h.Role, err)
@@ -63,15 +70,59 @@ func Adopt(h Handed, channel *ipc.Channel, log hclog.Logger) (*Child, error) {
 		done: make(chan struct{}), relayed: make(chan struct{}), pidfd: int(h.PIDFD),
 		output: h.Output.File(h.Role + " output"),
 	}
+	if r, ok := Look(h.PID); !ok || r.Parent != os.Getpid() {
+		// The dead one's: whoever reaps it now, its number tells nothing.
+		pidfd, err := unix.FcntlInt(uintptr(h.PIDFD), unix.F_DUPFD_CLOEXEC, 3)
+		if err != nil {
+			return nil, fmt.Errorf("adopt %s: %w", h.Role, err)
+		}
+		c.watch(func() Exit {
+			defer unix.Close(pidfd)
+			awaitEnd(pidfd)
+			return Exit{Code: -1, Err: ErrNotOurs}
+		}, log)
+		return c, nil
+	}
+	proc, err := os.FindProcess(h.PID)
+	if err != nil {
+		return nil, fmt.Errorf("adopt %s: process %d: %w", h.Role, h.PID, err)
+	}
 	own.Lock()
 	own.pids[h.PID] = true
 	own.Unlock()
-	c.watch(proc, log)
+	c.watch(func() Exit { return wait(proc) }, log)
 	return c, nil
 }
 
+// PIDOf returns the number of a pidfd's process, -1 if it has ended, and 0 if the
+// descriptor is no pidfd.
+func PIDOf(pidfd int) int {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", pidfd))
+	if err != nil {
+		return 0
+	}
+	for line := range strings.Lines(string(b)) {
+		if text, ok := strings.CutPrefix(line, "Pid:"); ok {
+			if n, err := strconv.Atoi(strings.TrimSpace(text)); err == nil {
+				return n
+			}
+		}
+	}
+	return 0
+}
+
+// awaitEnd blocks a thread until the process of a pidfd has ended.
+func awaitEnd(pidfd int) {
+	for {
+		p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
+		if n, err := unix.Poll(p, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
 // watch reads the child's output and waits for its end.
-func (c *Child) watch(proc *os.Process, log hclog.Logger) {
+func (c *Child) watch(wait func() Exit, log hclog.Logger) {
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
 		defer close(c.relayed)
@@ -80,7 +131,7 @@ func (c *Child) watch(proc *os.Process, log hclog.Logger) {
 		logging.Relay(ctx, c.output, log, c.Role)
 	}()
 	go func() {
-		c.exit = wait(proc)
+		c.exit = wait()
 		close(c.done)
 		time.AfterFunc(relayGrace, cancel)
 	}()

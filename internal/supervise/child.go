@@ -148,7 +148,7 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 		Channel: channel, PID: proc.Pid, Role: spec.Role, Started: time.Now(),
 		done: make(chan struct{}), relayed: make(chan struct{}), pidfd: pidfd, output: output,
 	}
-	c.watch(proc, log)
+	c.watch(func() Exit { return wait(proc) }, log)
 	return c, nil
 }
 

@@ -96,9 +96,9 @@ func (c *Conn) Patient() { c.ch.SetSendTimeout(0) }
 
 // ResumeChild takes over, as tako-master, a channel that a dead one left, and
 // returns it in the states that the child names, with the number of messages
-// that say what the child knows. It owns ch, and takes no longer than limit. The
-// error wraps io.EOF if the child has gone, os.ErrDeadlineExceeded if it does not
-// answer.
+// that say what the child knows. It owns ch, and takes no longer than limit. An
+// error means that the child has gone or is of no use; it wraps
+// os.ErrDeadlineExceeded if it does not answer.
 func ResumeChild(ch *ipc.Channel, link Link, limit time.Duration) (c *Conn, pieces int, err error) {
 	defer func() {
 		if err != nil {
@@ -120,17 +120,11 @@ func ResumeChild(ch *ipc.Channel, link Link, limit time.Duration) (c *Conn, piec
 				break
 			}
 		}
-		if err != nil {
-			_ = ch.SetReadDeadline(time.Unix(1, 0)) // nothing is to be waited for
-		}
 		asked <- err
 	}()
 	rec, err := answerTo(ch, id)
-	if e := <-asked; e != nil && err != nil {
-		err = errors.Join(e, err)
-	}
-	if err != nil {
-		return nil, 0, err
+	if e := <-asked; err != nil {
+		return nil, 0, errors.Join(e, err)
 	}
 	var r Resumed
 	if err := decode(rec.Body, &r); err != nil {
