@@ -20,7 +20,7 @@ func fieldsOf(t *testing.T) []string {
 	}
 	section := "" // of the object that a function reads
 	var names []string
-	reads := regexp.MustCompile(`\b(o|p|q|m)\.(?:str|boolean|number|integer|seconds|list|object|has|readArgv|fields)(?:\(|\[)(?:o, |p, )?"([a-z_]+)"`)
+	reads := regexp.MustCompile(`\b(o|p|q|m)\.(?:str|boolean|number|integer|seconds|size|list|object|has|readArgv|fields)(?:\(|\[)(?:o, |p, )?"([a-z_]+)"`)
 	for line := range strings.Lines(string(source)) {
 		for f, s := range map[string]string{
 			"func readHealth(": "health.", "func readLimits(": "limits.", "func readTimeouts(": "timeouts.",

@@ -381,7 +381,7 @@ var (
 	codeRange  = regexp.MustCompile(`^([1-5][0-9][0-9])-([1-5][0-9][0-9])$`)
 	codeClass  = regexp.MustCompile(`^[1-5]xx$`)
 	codeOne    = regexp.MustCompile(`^[1-5][0-9][0-9]$`)
-	size       = regexp.MustCompile(`^([1-9][0-9]{0,14})([KMGT]?)$`)
+	sizes      = regexp.MustCompile(`^([1-9][0-9]{0,14})([KMGT]?)$`)
 	processID  = regexp.MustCompile(`^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$`)
 	envName    = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 )
@@ -458,13 +458,13 @@ func readLimits(o object) Limits {
 		CPU: o.number("cpu", 0, 0.01, MaxCPU), PIDs: o.integer("pids", 0, 1, MaxPIDs),
 		InFlight: o.integer("in_flight", 0, 1, MaxInFlight),
 	}
-	l.Memory = readSize(o, "memory", `a size like "512M" or "2G", from 4M to 1T`, MinMemory, MaxMemory)
-	l.RequestBody = readSize(o, "request_body", `a size like "10M" or "1G", from 1K to 1T`, MinBody, MaxBody)
+	l.Memory = o.size("memory", `a size like "512M" or "2G", from 4M to 1T`, MinMemory, MaxMemory)
+	l.RequestBody = o.size("request_body", `a size like "10M" or "1G", from 1K to 1T`, MinBody, MaxBody)
 	return l
 }
 
-// readSize reads bytes with a K, M, G or T behind them; 0 if there are none.
-func readSize(o object, name, want string, least, most int64) int64 {
+// size reads bytes with a K, M, G or T behind them; 0 if there are none.
+func (o object) size(name, want string, least, most int64) int64 {
 	if !o.has(name) {
 		return 0
 	}
@@ -472,7 +472,7 @@ func readSize(o object, name, want string, least, most int64) int64 {
 	if !ok {
 		mismatch(o.name(name), o.fields[name], want)
 	}
-	parts := size.FindStringSubmatch(s)
+	parts := sizes.FindStringSubmatch(s)
 	if parts == nil {
 		refuse(o.name(name), "got %.40q, want %s", s, want)
 	}
