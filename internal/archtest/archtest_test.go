@@ -31,7 +31,7 @@ var mayImport = map[string][]string{
 	"internal/master": {
 		"internal/tako", "internal/wire", "internal/ipc", "internal/route", "internal/paths",
 		"internal/store", "internal/management", "internal/rollout", "internal/cert", "internal/supervise",
-		"internal/sandbox", "internal/release", "internal/atomicfile", "internal/logging", "internal/version", "internal/handoff",
+		"internal/sandbox", "internal/release", "internal/atomicfile", "internal/logging", "internal/version", "internal/handoff", "internal/fdstore",
 	},
 	"internal/proxy": {
 		"internal/tako", "internal/wire", "internal/ipc", "internal/route", "internal/sandbox",
@@ -57,6 +57,7 @@ var mayImport = map[string][]string{
 	"internal/management":       {"internal/tako", "internal/route"},
 	"internal/rollout":          {"internal/tako"},
 	"internal/handoff":          {"internal/ipc"},
+	"internal/fdstore":          {"internal/ipc"},
 	"internal/cert":             {"internal/tako", "internal/atomicfile"},
 
 	// Shared parts.
