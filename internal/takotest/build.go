@@ -27,6 +27,12 @@ var built struct {
 	err  error
 }
 
+// others are the builds of BuildVersion, by version.
+var others struct {
+	sync.Mutex
+	dirs map[string]string // guarded by Mutex
+}
+
 // Main runs the tests of m and returns the status for os.Exit. It removes what
 // Build made. A package that uses Build calls it from TestMain.
 func Main(m *testing.M) int {
@@ -41,6 +47,12 @@ func Clean() {
 	if built.dir != "" {
 		os.RemoveAll(built.dir)
 	}
+	others.Lock()
+	defer others.Unlock()
+	for _, dir := range others.dirs {
+		os.RemoveAll(dir)
+	}
+	others.dirs = nil
 }
 
 // Build builds the programs and testapp, once for each test binary, and returns
@@ -50,11 +62,38 @@ func Build() (dir string, err error) {
 	return built.dir, built.err
 }
 
-func build() (string, error) {
-	root, err := Root()
-	if err != nil {
+// BuildVersion builds the programs again, to say that they are of this version,
+// once for each test binary, and returns their folder.
+func BuildVersion(version string) (dir string, err error) {
+	others.Lock()
+	defer others.Unlock()
+	if dir, ok := others.dirs[version]; ok {
+		return dir, nil
+	}
+	if dir, err = TempDir(); err != nil {
 		return "", err
 	}
+	var packages []string
+	for _, p := range Programs {
+		packages = append(packages, "./cmd/"+p)
+	}
+	if err := goBuild(dir+"/", "-X tako/internal/version.Version="+version, packages...); err != nil {
+		return "", errors.Join(err, os.RemoveAll(dir))
+	}
+	if others.dirs == nil {
+		others.dirs = make(map[string]string)
+	}
+	others.dirs[version] = dir
+	return dir, nil
+}
+
+// BuildTestdata builds a program of testdata, which stands in for one of tako's,
+// into a file.
+func BuildTestdata(program, file string) error {
+	return goBuild(file, "", "./internal/takotest/testdata/"+program)
+}
+
+func build() (string, error) {
 	dir, err := TempDir()
 	if err != nil {
 		return "", err
@@ -63,14 +102,23 @@ func build() (string, error) {
 	for _, p := range Programs {
 		packages = append(packages, "./cmd/"+p)
 	}
-	// The flags of make build, so that a compiled package is shared with it.
-	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-o", dir + "/"}, packages...)...)
+	return dir, goBuild(dir+"/", "", packages...)
+}
+
+// goBuild builds packages with the flags of make build, so that what is compiled
+// is shared with it.
+func goBuild(out, ldflags string, packages ...string) error {
+	root, err := Root()
+	if err != nil {
+		return err
+	}
+	cmd := exec.Command("go", append([]string{"build", "-trimpath", "-ldflags", ldflags, "-o", out}, packages...)...)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return dir, fmt.Errorf("build the programs: %w\n%s", err, out)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the programs: %w\n%s", err, text)
 	}
-	return dir, nil
+	return nil
 }
 
 // Root is the root of the repository: the first folder with a go.mod from here

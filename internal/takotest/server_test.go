@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestProcessesOfAServerAreFoundByProgramFolderOrCommandLine(t *testing.T) {
@@ -42,7 +43,14 @@ func TestProcessesOfAServerAreFoundByProgramFolderOrCommandLine(t *testing.T) {
 		want[cmd.Process.Pid] = cmd != stranger
 	}
 
+	// A program that was just executed has no command line for a moment.
 	found := processes(dir)
+	for end := time.Now().Add(10 * time.Second); len(found) < 3 && time.Now().Before(end); found = processes(dir) {
+		time.Sleep(time.Millisecond)
+	}
+	if len(found) != 3 {
+		t.Fatalf("found %v, want 3 processes", found)
+	}
 	for _, p := range found {
 		if !want[p.PID] {
 			t.Errorf("found %v, which is a stranger", p)
@@ -50,9 +58,6 @@ func TestProcessesOfAServerAreFoundByProgramFolderOrCommandLine(t *testing.T) {
 		if err := p.kill(); err != nil {
 			t.Error(err)
 		}
-	}
-	if len(found) != 3 {
-		t.Errorf("found %v, want 3 processes", found)
 	}
 	for _, cmd := range []*exec.Cmd{byProgram, byFolder, byLine} {
 		if err := cmd.Wait(); err == nil || !strings.Contains(err.Error(), "killed") {
