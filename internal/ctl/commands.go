@@ -336,7 +336,17 @@ func (r *run) showServer(i management.ServerInfo) {
 	line("version", "%s", i.Version)
 	line("mode", "%s", i.Mode)
 	if i.Upgrade != nil {
-		line("upgrade", "held by %s for %s", i.Upgrade.Owner, seconds(uint64(max(i.Upgrade.AgeSecs, 0))))
+		text := "its lease has run out: another may take it"
+		if i.Upgrade.LeaseSecs > 0 {
+			text = "another may take it in " + seconds(uint64(i.Upgrade.LeaseSecs)) // positive
+		}
+		line("upgrade", "held by %s for %s; %s", i.Upgrade.Owner, seconds(uint64(max(i.Upgrade.AgeSecs, 0))), text)
+	}
+	switch {
+	case i.Role == management.RoleFollower:
+		line("role", "follower of pid %d, which takes the changes", i.OwnerPID)
+	case i.FollowerPID != nil:
+		line("role", "owner; pid %d follows", *i.FollowerPID)
 	}
 	line("up", "%s, pid %d", seconds(i.UptimeSecs), i.PID)
 	line("socket", "%s", i.Socket)

@@ -52,14 +52,15 @@ func (b *backend) note(format string, args ...any) error {
 }
 
 func (b *backend) Upgrading() bool { return false }
+func (b *backend) Owner() int      { return 0 }
 func (b *backend) Reload(context.Context) (management.ReloadInfo, error) {
 	return management.ReloadInfo{}, nil
 }
 
 func (b *backend) ServerInfo(context.Context) (management.ServerInfo, error) {
 	return management.ServerInfo{
-		PID: 42, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,
-		UptimeSecs: 7200, Isolation: "all walls stand", Upgrade: &management.UpgradeLock{Owner: "deb", AgeSecs: 61},
+		PID: 42, Role: management.RoleFollower, OwnerPID: 41, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,
+		UptimeSecs: 7200, Isolation: "all walls stand", Upgrade: &management.UpgradeLock{Owner: "deb", AgeSecs: 61, LeaseSecs: 540},
 		Processes: []management.Process{{Role: "proxy", PID: 43, Generation: 1, State: "ready", UptimeSecs: 60, User: "tako-proxy"}},
 	}, b.note("info")
 }

@@ -15,6 +15,10 @@ import (
 type Backend interface {
 	// Upgrading reports whether mutating commands are refused now.
 	Upgrading() bool
+	// Owner returns the pid of the server that owns the data root, if that is
+	// another one: every command that would change something is then refused,
+	// naming it. 0 is this server itself.
+	Owner() int
 
 	ServerInfo(ctx context.Context) (ServerInfo, error)
 	// Reload asks for a reload and returns what is known of those before. It does
@@ -106,12 +110,22 @@ type ServerInfo struct {
 	ACMEEmail            *string           `json:"acme_email"`
 	RenewalIntervalHours uint64            `json:"renewal_interval_hours"`
 	InstancePortOffset   uint16            `json:"instance_port_offset"`
+	Role                 string            `json:"role"`         // RoleOwner or RoleFollower
+	OwnerPID             int               `json:"owner_pid"`    // of the owner of the data root
+	FollowerPID          *int              `json:"follower_pid"` // of a second server beside this owner
 	UptimeSecs           uint64            `json:"uptime_secs"`
 	Isolation            string            `json:"isolation"` // which walls stand, in a sentence
 	Processes            []Process         `json:"processes"`
 	Reload               *ReloadInfo       `json:"reload,omitempty"`
 	Limits               map[string]uint64 `json:"limits"` // every named limit of the server
 }
+
+// The roles of a server: it owns its data root, or it serves beside the owner and
+// takes its place when that one has gone.
+const (
+	RoleOwner    = "owner"
+	RoleFollower = "follower"
+)
 
 // ReloadInfo is what is known of reloads.
 type ReloadInfo struct {
@@ -127,6 +141,9 @@ type UpgradeLock struct {
 	Owner      string `json:"owner"`
 	AcquiredAt int64  `json:"acquired_at_unix_secs"`
 	AgeSecs    int64  `json:"age_secs"`
+	// LeaseSecs is how long the lock is still safe from other owners; 0 when its
+	// lease has run out.
+	LeaseSecs int64 `json:"lease_secs"`
 }
 
 // Process is one process of the server.

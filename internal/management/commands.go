@@ -1,6 +1,7 @@
 package management
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -26,6 +27,8 @@ type command struct {
 	// label is set for a mutating command: it is refused while the server is
 	// upgrading, by this name.
 	label string
+	// changes says that it changes the state without being such a command.
+	changes bool
 	// owners says that the request is only for root and the server's own user.
 	owners func(*args) bool
 	// body says that bytes follow the request line, so that the connection is of
@@ -48,7 +51,7 @@ type call struct {
 var forced = func(a *args) bool { return a.force }
 
 // commands is the table. Checks come in this order: the fields, the app's name,
-// the version, owners, the label, and then whatever run finds.
+// the version, owners, whose the state is, the label, and then whatever run finds.
 var (
 	commands     []*command
 	commandNames string // for the text about an unknown one
@@ -67,8 +70,8 @@ func init() { // run functions refer to what refers to the table
 		{name: "rollback", label: "rollback", fields: []field{fApp, fVersion, fProgress}, run: runRollback},
 		{name: "update_secrets", label: "update-secrets", fields: []field{fApp, fSecrets, fMerge, fProgress}, run: runUpdateSecrets},
 		{name: "server_info", run: runServerInfo},
-		{name: "enter_upgrading", owners: forced, fields: []field{fOwner, fForce}, run: runEnterUpgrading},
-		{name: "exit_upgrading", owners: forced, fields: []field{fOwner, fForce}, run: runExitUpgrading},
+		{name: "enter_upgrading", changes: true, owners: forced, fields: []field{fOwner, fForce}, run: runEnterUpgrading},
+		{name: "exit_upgrading", changes: true, owners: forced, fields: []field{fOwner, fForce}, run: runExitUpgrading},
 		{name: "restart", label: "restart", fields: []field{fApp, fProgress}, run: runRestart},
 		{name: "scale", label: "scale", fields: []field{fApp, fInstances, fProgress}, run: runScale},
 		{name: "upload", label: "upload", body: true, fields: []field{fApp, fVersion}, run: runUpload},
@@ -105,6 +108,12 @@ func (c *command) check(a *args, s *session) (*call, error) {
 	}
 	if c.owners != nil && c.owners(a) && !s.peer.owns(s.srv.OwnUID) {
 		return nil, tako.Errorf(tako.CodeForbidden, "'force' is only for root and the server's own user; you are uid %d. Please try again with sudo.", s.peer.UID)
+	}
+	if c.label != "" || c.changes {
+		if pid := s.srv.Backend.Owner(); pid != 0 {
+			return nil, tako.Errorf(tako.CodeConflict, "The server with pid %d owns the data root; '%s' is refused by this one, which follows it. Please send it to tako-%d.sock, or retry when that server has gone.",
+				pid, cmp.Or(c.label, c.name), pid)
+		}
 	}
 	if c.label != "" && s.srv.Backend.Upgrading() {
 		return nil, tako.Errorf(tako.CodeBusy, "Server is upgrading; '%s' is temporarily blocked. Please retry shortly.", c.label)

@@ -42,6 +42,7 @@ func dialAsChild(sock string) int {
 // fake is a Backend whose answers a test sets; what it does not set works.
 type fake struct {
 	upgrading atomic.Bool
+	owner     atomic.Int64
 	err       error // of every command
 	deployed  DeployResult
 	calls     chan string
@@ -62,6 +63,7 @@ func (f *fake) call(name string) error {
 	return f.err
 }
 func (f *fake) Upgrading() bool { return f.upgrading.Load() }
+func (f *fake) Owner() int      { return int(f.owner.Load()) }
 func (f *fake) Reload(context.Context) (ReloadInfo, error) {
 	return ReloadInfo{Count: 3}, f.call("reload")
 }

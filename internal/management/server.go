@@ -309,7 +309,7 @@ func (s *session) handle(line []byte) bool {
 	data, err := s.do(cmd, a)
 	took := time.Since(began).Round(time.Millisecond)
 	if err == nil {
-		if cmd.label != "" {
+		if cmd.label != "" || cmd.changes {
 			log.Info("command done", "took", took)
 		} else {
 			log.Debug("command done", "took", took)
@@ -323,7 +323,7 @@ func (s *session) handle(line []byte) bool {
 	switch {
 	case internal:
 		log.Error("command went wrong", "took", took, "error", err)
-	case cmd.label != "":
+	case cmd.label != "" || cmd.changes:
 		log.Warn("command refused or failed", "took", took, "error", err)
 	default:
 		log.Debug("command refused or failed", "took", took, "error", err)

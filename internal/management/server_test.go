@@ -142,6 +142,47 @@ func TestChecksComeInTheirOrder(t *testing.T) {
 	}
 }
 
+// TestWhoFollowsRefusesEveryChangeAndNamesTheOwner: of every command in the table,
+// those that change something, and no other.
+func TestWhoFollowsRefusesEveryChangeAndNamesTheOwner(t *testing.T) {
+	f := &fake{err: tako.Errorf(tako.CodeNotFound, "body")}
+	f.upgrading.Store(true) // it comes first: the owner's mode is the owner's to tell
+	f.owner.Store(812)
+	f.logs = func(context.Context, LogsRequest, func(LogLine) error) error { return f.err }
+	s := serve(t, f, nil)
+	refused := map[string]string{
+		"deploy": "deploy", "stop": "stop", "delete": "delete", "rollback": "rollback", "update_secrets": "update-secrets", "restart": "restart",
+		"scale": "scale", "upload": "upload", "enter_upgrading": "enter_upgrading", "exit_upgrading": "exit_upgrading",
+	}
+	for _, c := range commands {
+		if c.name == "hello" {
+			continue
+		}
+		line := map[string]any{"command": c.name}
+		for name, v := range map[string]any{
+			"app": "a", "version": "1", "path": "/p", "routes": []string{"a.b"}, "secrets": map[string]string{}, "instances": 1, "idle_timeout": 1, "owner": "o",
+		} {
+			if c.has(name) {
+				line[name] = v
+			}
+		}
+		b, err := json.Marshal(line)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want, code := "body", "not_found"
+		if label, ok := refused[c.name]; ok {
+			want = "The server with pid 812 owns the data root; '" + label + "' is refused by this one, which follows it. Please send it to tako-812.sock, or retry when that server has gone."
+			code = "conflict"
+			delete(refused, c.name)
+		}
+		wantError(t, string(b), s.dial(t).ask(t, string(b)), want, code)
+	}
+	if len(refused) > 0 {
+		t.Errorf("not in the table: %v", refused)
+	}
+}
+
 func wantError(t testing.TB, in, got, want, code string) {
 	t.Helper()
 	var l textLine

@@ -320,6 +320,9 @@ func (s *server) ListReleases(_ context.Context, id tako.AppID) ([]management.Re
 // Upgrading implements management.Backend.
 func (s *server) Upgrading() bool { return s.upgrading.Load() }
 
+// Owner implements management.Backend.
+func (s *server) Owner() int { return int(s.ownerPID.Load()) }
+
 // EnterUpgrading implements management.Backend.
 func (s *server) EnterUpgrading(ctx context.Context, owner string, force bool) error {
 	_, err := s.db.EnterUpgrading(ctx, owner, force, time.Now())
@@ -385,6 +388,7 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 	if lock != nil {
 		info.Upgrade = &management.UpgradeLock{
 			Owner: lock.Owner, AcquiredAt: lock.AcquiredAt.Unix(), AgeSecs: int64(lock.Age(time.Now()) / time.Second),
+			LeaseSecs: int64(max(store.UpgradeLease-lock.Idle(time.Now()), 0) / time.Second),
 		}
 	}
 	return info, nil

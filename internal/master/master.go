@@ -87,6 +87,7 @@ type server struct {
 
 	builds       atomic.Uint64
 	upgrading    atomic.Bool
+	ownerPID     atomic.Int64  // of the server whose data root this is; 0 if it is ours
 	stopping     chan struct{} // closed when the server begins to stop
 	restored     chan struct{} // closed when every app has been looked at
 	reload       reloading
