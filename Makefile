@@ -12,6 +12,7 @@ COMMIT   := $(shell git describe --always --dirty --abbrev=12 --exclude='*' 2>/d
 LDFLAGS  := -X tako/internal/version.Version=$(VERSION) -X tako/internal/version.Commit=$(COMMIT)
 FUZZTIME ?= 30s
 BENCHTIME ?= 1s
+BENCH    ?=
 # The tests that soak runs.
 SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps
 
@@ -80,12 +81,22 @@ fuzz: ## each fuzz target for FUZZTIME (30s)
 	@GO='$(GO)' tools/fuzz.sh $(FUZZTIME)
 
 .PHONY: bench
-bench: ## Go benchmarks of single packages, for comparing two commits on one machine
+bench: ## tako beside nginx, HAProxy and Caddy in one run, about 20 minutes: docs/PERFORMANCE.md (BENCH= more flags)
+	@$(GO) build -o bin/tools/bench ./bench
+	bin/tools/bench $(BENCH)
+
+.PHONY: bench-quick
+bench-quick: ## the same beside nginx alone, in less than two minutes
+	@$(GO) build -o bin/tools/bench ./bench
+	bin/tools/bench --quick $(BENCH)
+
+.PHONY: gobench
+gobench: ## Go benchmarks of single packages, for comparing two commits on one machine
 	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) $(UNIT)
 
 .PHONY: lint
 lint: ## gofmt, go vet, golangci-lint
-	@unformatted=$$(gofmt -l cmd internal examples tools); [ -z "$$unformatted" ] || { echo "not formatted (make fmt):"; echo "$$unformatted"; exit 1; }
+	@unformatted=$$(gofmt -l cmd internal examples tools bench); [ -z "$$unformatted" ] || { echo "not formatted (make fmt):"; echo "$$unformatted"; exit 1; }
 	$(GO) vet ./...
 	for example in examples/*/go.mod; do $(GO) vet -C "$${example%/go.mod}" ./... || exit 1; done
 	$(LINT) run

@@ -82,6 +82,7 @@ var mayImport = map[string][]string{
 	"internal/takotest/testapp": nil,
 	"internal/integration":      {"internal/takotest"},
 	"examples/demo":             nil,
+	"bench":                     {"internal/takotest"},
 }
 
 // mustNotLink names what a program must not contain, and why.
