@@ -62,6 +62,9 @@ type Config struct {
 // wraps io.EOF if the master went away and ipc.ErrProtocol if it broke the rules.
 // A process can run one agent at a time.
 //
+// A master that dies while somebody keeps its end of the channel is waited for:
+// the next one asks for everything that is known here (wire.Resume).
+//
 // Asked to by Release it returns ErrReleased with its instances running and its
 // goroutines too: the caller exits at once.
 func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
@@ -69,12 +72,15 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 		conn:      wire.NewConn(cfg.Channel, wire.LinkAgent, wire.Agent),
 		log:       log,
 		instances: make(map[tako.InstanceID]*instance),
+		held:      make(map[tako.InstanceID]*wire.Message),
 		logs:      make(map[string]*sharedLog),
 		events:    make(chan any), // without a buffer: what is taken is acted on
 		calls:     make(chan struct{}, MaxCalls),
 		dialers:   make(chan struct{}, MaxDialers),
 	}
 	defer a.conn.Close() // the master has gone or will see it
+	a.conn.Patient()
+	defer context.AfterFunc(ctx, func() { _ = a.conn.Close() })() // whoever waits for the master waits no more
 	if err := supervise.Subreaper(); err != nil {
 		return err
 	}
@@ -89,6 +95,7 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	var work context.Context
 	work, a.leave = context.WithCancel(context.WithoutCancel(ctx))
 	a.work, a.all = work, &all
+	a.steps, a.endSteps = context.WithCancel(work)
 	all.Go(func() { supervise.Reap(work) })
 	received := make(chan wire.Message)
 	var lost error // of the receiver; read after received is closed
@@ -113,7 +120,11 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	if errors.Is(err, ErrReleased) {
 		return err // the process ends now, and nothing else does
 	}
-	a.leave() // every instance is asked to stop, every call given up
+	if ctx.Err() != nil {
+		err = nil // whatever failed, it failed for that
+	}
+	err = errors.Join(err, a.begin()) // what was held is to be stopped too
+	a.leave()                         // every instance is asked to stop, every call given up
 	_ = a.conn.Close()
 	for m := range received {
 		m.Discard()
@@ -143,16 +154,22 @@ type agent struct {
 	groups   *launch.Groups     // of the settings
 
 	instances map[tako.InstanceID]*instance
-	logs      map[string]*sharedLog // by folder
-	dialable  dialable              // any goroutine reads
-	trees     sync.Mutex            // held over one Tree: two would open the same folders
-	unpacks   unpacks               // any goroutine uses
+	held      map[tako.InstanceID]*wire.Message // each an Adopt, until Begin
+	logs      map[string]*sharedLog             // by folder
+	dialable  dialable                          // any goroutine reads
+	trees     sync.Mutex                        // held over one Tree: two would open the same folders
+	unpacks   unpacks                           // any goroutine uses
 
 	events  chan any // see send
 	calls   chan struct{}
 	dialers chan struct{}
 	work    context.Context // ends when Run does
 	leave   context.CancelFunc
+
+	// The steps of deploys end with the master that asked for them.
+	steps    context.Context
+	endSteps context.CancelFunc
+	resuming *wire.Message // a Resume that waits for the last step to end
 
 	releasing bool // we leave once nothing is being started
 	all       *sync.WaitGroup
@@ -191,6 +208,8 @@ func (a *agent) greet(ctx context.Context, version string) error {
 		switch body := m.Body.(type) {
 		case *wire.Ping:
 			err = a.conn.Reply(m.ID, &wire.Pong{})
+		case *wire.Resume:
+			err = a.conn.Resumed(&m, 0)
 		case *wire.AgentSettings:
 			a.settings = *body
 			a.groups = launch.NewGroups(body.Groups)
@@ -271,6 +290,14 @@ func (a *agent) message(m *wire.Message) error {
 		return a.start(body)
 	case *wire.Adopt:
 		return a.adopt(m, body)
+	case *wire.Begin:
+		return a.begin()
+	case *wire.Resume:
+		a.endSteps()
+		a.steps, a.endSteps = context.WithCancel(a.work)
+		asked := *m
+		a.resuming = &asked
+		return a.resume()
 	case *wire.Stop:
 		a.stop(body)
 		return nil
@@ -297,6 +324,7 @@ func (a *agent) message(m *wire.Message) error {
 // a.calls, which it gives back.
 func (a *agent) call(m *wire.Message) error {
 	var do func() (any, error)
+	steps := a.steps
 	switch body := m.Body.(type) {
 	case *wire.Tree:
 		if err := a.checkTree(body); err != nil {
@@ -311,7 +339,7 @@ func (a *agent) call(m *wire.Message) error {
 		m.Files = nil
 		do = func() (any, error) {
 			defer archive.Close()
-			return a.unpack(body, archive)
+			return a.unpack(steps, body, archive)
 		}
 	case *wire.Run:
 		if err := a.checkRun(body); err != nil {
@@ -320,7 +348,7 @@ func (a *agent) call(m *wire.Message) error {
 		log := a.takeLog(body.LogDir, body.LogBytes, body.LogFiles, body.Command.User.GID)
 		do = func() (any, error) {
 			defer a.send(logGone{log})
-			return a.runCommand(body, log.Log)
+			return a.runCommand(steps, body, log.Log)
 		}
 	}
 	id := m.ID
@@ -335,6 +363,7 @@ func (a *agent) call(m *wire.Message) error {
 		if err != nil {
 			a.send(sendFailed{err})
 		}
+		a.send(stepEnded{})
 	})
 	return nil
 }

@@ -24,6 +24,8 @@ type instance struct {
 	spec    *wire.Start
 	log     *sharedLog
 	process *launch.Process // nil until it runs
+	via     wire.Transport  // where it answered, "" if it never did
+	good    bool            // a probe was good
 	stopAt  time.Time       // set by a Stop that came before that
 }
 
@@ -42,6 +44,7 @@ type (
 	exited     struct{ id tako.InstanceID }
 	logGone    struct{ log *sharedLog } // one user fewer
 	sendFailed struct{ err error }
+	stepEnded  struct{} // a Tree, Unpack or Run
 )
 
 // sharedLog is an app's log with the number of its users.
@@ -99,6 +102,16 @@ func (a *agent) start(m *wire.Start) error {
 // adopt takes over an instance that another agent has started.
 func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
 	spec := &body.Start
+	if before := a.held[spec.Instance]; before != nil {
+		before.Discard()
+		delete(a.held, spec.Instance)
+	}
+	if body.Hold {
+		held := *m
+		m.Files, body.Hold = nil, false
+		a.held[spec.Instance] = &held
+		return nil
+	}
 	t := a.target(spec)
 	if err := a.checkStart(spec, &t); err != nil {
 		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
@@ -112,7 +125,7 @@ func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
 		a.dropLog(inst.log)
 		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
 	}
-	inst.process = p
+	inst.process, inst.via, inst.good = p, body.Via, body.Via != ""
 	a.instances[spec.Instance] = inst
 	if body.Via == wire.TransportTCP {
 		a.dialable.put(spec.Instance, target{spec.Port, spec.Command.User.UID})
@@ -267,6 +280,8 @@ func (a *agent) event(e any) error {
 	switch e := e.(type) {
 	case sendFailed:
 		return fmt.Errorf("answer tako-master: %w", e.err)
+	case stepEnded:
+		return a.resume()
 	case logGone:
 		a.dropLog(e.log)
 	case startFailed:
@@ -286,6 +301,12 @@ func (a *agent) event(e any) error {
 		a.log.Debug("instance started", logging.Instance, e.id.String(), logging.PID, e.process.PID)
 		return err
 	case probed:
+		if inst := a.instances[e.Instance]; e.Good {
+			inst.good = true
+			if e.Via != "" {
+				inst.via = e.Via
+			}
+		}
 		if e.Good && e.Via == wire.TransportTCP && e.Streak == 1 {
 			m := a.instances[e.Instance].spec
 			a.dialable.put(e.Instance, target{m.Port, m.Command.User.UID})
@@ -319,8 +340,8 @@ func (a *agent) checkRun(m *wire.Run) error {
 }
 
 // runCommand runs a step of an app to its end.
-func (a *agent) runCommand(m *wire.Run, log *launch.Log) (any, error) {
-	p, files, err := launch.Start(a.work, launch.Config{
+func (a *agent) runCommand(ctx context.Context, m *wire.Run, log *launch.Log) (any, error) {
+	p, files, err := launch.Start(ctx, launch.Config{
 		Command: m.Command, MinUID: a.settings.MinAppUID, MaxUID: a.settings.MaxAppUID, Log: log, Build: true,
 		Groups: a.groups, Name: string(m.App) + ".step-" + rand.Text(),
 	})
@@ -341,7 +362,7 @@ func (a *agent) runCommand(m *wire.Run, log *launch.Log) (any, error) {
 		timedOut = true
 		log.Note(0, fmt.Sprintf("the %s step did not end within %s and was killed", m.Name, limit))
 		p.Stop(0)
-	case <-a.work.Done():
+	case <-ctx.Done():
 		p.Stop(0)
 	}
 	<-p.Done()

@@ -105,9 +105,9 @@ func (a *agent) checkUnpack(m *wire.Unpack) error {
 
 // unpack has a helper without powers unpack an archive: the owner of the data
 // root, in the app's group, so that the files are born in that group.
-func (a *agent) unpack(m *wire.Unpack, input ipc.FD) (any, error) {
+func (a *agent) unpack(ctx context.Context, m *wire.Unpack, input ipc.FD) (any, error) {
 	limit := time.Duration(m.TimeoutMS) * time.Millisecond
-	ctx, cancel := context.WithTimeoutCause(a.work, limit, fmt.Errorf("not done within %s", limit))
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("not done within %s", limit))
 	defer cancel()
 	var id *launch.Identity
 	if m.User.UID != 0 {

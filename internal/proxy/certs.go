@@ -9,7 +9,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -158,9 +157,6 @@ func (k *remoteKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]
 		cancel()
 		if err == nil {
 			return signature, nil
-		}
-		if errors.Is(err, wire.ErrGone) {
-			break
 		}
 	}
 	return nil, fmt.Errorf("sign a handshake: %w", err)

@@ -62,20 +62,8 @@ func (l *link) open(fd ipc.FD) error {
 	return nil
 }
 
-// do asks.
-func (l *link) do(ctx context.Context, body any) (wire.Message, error) {
-	l.mu.Lock()
-	calls := l.calls
-	l.mu.Unlock()
-	if calls == nil {
-		return wire.Message{}, wire.ErrGone
-	}
-	return calls.Do(ctx, body)
-}
-
-// doAgain asks like do. If the socket has ended, or does before the answer, it
-// waits for the next one and asks there, until ctx ends: for what may be asked
-// twice.
+// doAgain asks. If the socket has ended, or does before the answer, it waits for
+// the next one and asks there, until ctx ends: for what may be asked twice.
 func (l *link) doAgain(ctx context.Context, body any) (wire.Message, error) {
 	for {
 		l.mu.Lock()
@@ -111,9 +99,9 @@ func (l *link) close() {
 	l.wg.Wait()
 }
 
-// sign has the master sign a handshake.
+// sign has the master sign a handshake. Between two masters it waits for the next.
 func (l *link) sign(ctx context.Context, s *wire.Sign) ([]byte, error) {
-	m, err := l.do(ctx, s)
+	m, err := l.doAgain(ctx, s)
 	if err != nil {
 		return nil, err
 	}

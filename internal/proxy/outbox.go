@@ -23,13 +23,19 @@ func newOutbox(send func(any) error) *outbox {
 	return &outbox{send: send, wake: make(chan struct{}, 1)}
 }
 
+// MaxOutbox is how many messages may wait for a master that does not read before
+// traffic is left out: the next master is told all of it.
+const MaxOutbox = 1000
+
 // push adds a message. It does not block; after close it does nothing. Before
 // open, all but Applied is held back: the master does not take it yet.
 func (o *outbox) push(body any) {
 	_, early := body.(*wire.Applied)
+	_, traffic := body.(*wire.Traffic)
 	o.mu.Lock()
 	switch {
 	case o.closed:
+	case traffic && len(o.queue) >= MaxOutbox:
 	case o.isOpen || early:
 		o.queue = append(o.queue, body)
 	default:

@@ -94,6 +94,7 @@ type process struct {
 	// When requests and streams are cut, in Unix nanoseconds, while leaving.
 	requestsBy, streamsBy atomic.Int64
 	finished              atomic.Bool   // Drained is in the outbox
+	retell                atomic.Bool   // all traffic is news to the master
 	drained               chan struct{} // closed at the end of leaving
 }
 
@@ -105,7 +106,9 @@ type listener struct {
 // Run serves until the master asks it to leave, and then returns nil; until ctx
 // ends, with nil too; or until the master has gone or breaks the rules, with an
 // error that wraps ErrMaster. In the last two cases requests in flight get
-// QuickRequests to finish. It returns after every goroutine it started.
+// QuickRequests to finish. A master that dies while somebody keeps its end of the
+// channel is waited for: the next one asks for what is known here (wire.Resume).
+// It returns after every goroutine it started.
 func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	p := newProcess(cfg, log)
 	background, stop := context.WithCancel(context.Background())
@@ -154,6 +157,7 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 		signer: &link{kind: wire.LinkSigning, log: log}, dialer: &link{kind: wire.LinkDialing, log: log},
 		flights: newFlights(maxConnections(openFiles())), apps: make(map[tako.AppID]*app), drained: make(chan struct{}),
 	}
+	p.conn.Patient()
 	p.out = newOutbox(func(body any) error { return p.conn.Send(0, body) })
 	p.certs = newCerts(p.signer.sign)
 	p.tls = p.certs.tlsConfig()
@@ -228,6 +232,8 @@ func (p *process) handle(m *wire.Message) error {
 		return p.change(&wire.App{App: b.App, Revision: b.Revision}, true)
 	case *wire.Serve:
 		return p.serve()
+	case *wire.Resume:
+		return p.resume(m)
 	case *wire.Drain:
 		if b.RequestsMS < 0 || b.StreamsMS < 0 {
 			return fmt.Errorf("drain within %d ms and %d ms", b.RequestsMS, b.StreamsMS)
@@ -490,6 +496,9 @@ func (p *process) report(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		if p.retell.Swap(false) {
+			clear(last)
 		}
 		var news []wire.AppTraffic
 		p.mu.Lock()

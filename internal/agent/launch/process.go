@@ -70,6 +70,7 @@ type Process struct {
 	Limits string
 
 	child    *child
+	outputs  []*os.File // the reading ends of its output, until Done
 	group    *group
 	command  wire.Command
 	log      *Log
@@ -247,11 +248,12 @@ func (p *Process) follow(build bool, readers []*os.File) {
 	if build {
 		streams = [2]string{StreamBuild, StreamBuild}
 	}
+	p.outputs = readers
 	var pumps sync.WaitGroup
 	for i := range 2 {
 		pumps.Go(func() { p.pump(readers[i], streams[i], i) })
 	}
-	go p.run(&pumps, readers)
+	go p.run(&pumps)
 }
 
 // checkUser refuses users that no app may be.
@@ -309,14 +311,14 @@ func duplicates(files ...*os.File) (fds [3]ipc.FD, err error) {
 }
 
 // run sees the process to its end.
-func (p *Process) run(pumps *sync.WaitGroup, outputs []*os.File) {
+func (p *Process) run(pumps *sync.WaitGroup) {
 	p.child.wait()
 	close(p.exited)
-	for _, f := range outputs {
+	for _, f := range p.outputs {
 		_ = f.SetReadDeadline(time.Now().Add(DrainTimeout)) // it is a pipe
 	}
 	pumps.Wait()
-	for _, f := range outputs {
+	for _, f := range p.outputs {
 		_ = f.Close()
 	}
 	p.mu.Lock()
@@ -363,6 +365,19 @@ func signalName(s syscall.Signal) string {
 		return name
 	}
 	return fmt.Sprintf("SIG%d", int(s))
+}
+
+// Duplicates returns duplicates of what Start returned, for the caller to close.
+// It is an error once the process has ended.
+func (p *Process) Duplicates() ([3]ipc.FD, error) {
+	return duplicates(p.child.pidfd, p.outputs[0], p.outputs[1])
+}
+
+// Stopping reports whether it was asked to stop.
+func (p *Process) Stopping() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.kill != nil
 }
 
 // Exited is closed when the process has ended; Done follows.
