@@ -24,7 +24,9 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 	if soaking() {
 		printed = 100 << 20
 	}
-	short := fields{"ready": 1, "stability": 0.3, "grace": 0.5, "install": 1}
+	patient := fields{"ready": 20, "stability": 0.3, "grace": 0.5, "install": 20}
+	short := fields{"timeouts": fields{"ready": 1, "stability": 0.3, "grace": 0.5, "install": 1}}
+	answers := fields{"timeouts": fields{"ready": 4, "stability": 0.3, "grace": 0.5}} // in time, and badly
 	sh := func(script string) fields { return fields{"start": []string{"sh", "-c", script}} }
 	for _, c := range []struct {
 		name   string
@@ -36,18 +38,18 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 		{"is killed at start", sh("kill -9 $$"), nil, `.*Process exited during startup \(terminated by signal (SIGKILL|killed)\).*`},
 		{"cannot be executed", fields{"start": []string{"./no-such-program"}}, nil, `.*Failed to spawn instance: .*no-such-program.*`},
 		{"exits within its window", fields{"timeouts": fields{"stability": 5}}, []string{"-lifetime", "500ms"}, `.*Process exited.*\(exit code 9\).*`},
-		{"never listens", nil, []string{"-listen", "never"}, `.*Instance startup timeout: .*`},
-		{"listens on another port", nil, []string{"-listen", "wrong"}, `.*Instance startup timeout: .*(PORT|TAKO_APP_SOCKET).*`},
-		{"listens, then hangs", nil, []string{"-silent"}, `.*Instance startup timeout.*`},
-		{"answers 500", nil, []string{"-status", "500"}, `.*Instance startup timeout: .*500.*`},
-		{"has no page to probe", nil, []string{"-status", "404"}, `.*Instance startup timeout: .*404.*health.*`},
+		{"never listens", short, []string{"-listen", "never"}, `.*Instance startup timeout: .*`},
+		{"listens on another port", short, []string{"-listen", "wrong"}, `.*Instance startup timeout: .*(PORT|TAKO_APP_SOCKET).*`},
+		{"listens, then hangs", short, []string{"-silent"}, `.*Instance startup timeout.*`},
+		{"answers 500", answers, []string{"-status", "500"}, `.*Instance startup timeout: .*500.*`},
+		{"has no page to probe", answers, []string{"-status", "404"}, `.*Instance startup timeout: .*404.*health.*`},
 		{"answers too slowly", fields{"timeouts": fields{"ready": 3, "stability": 3, "grace": 0.5}}, []string{"-think", "1500ms"}, `.*(Instance startup timeout|unhealthy during startup): .*`},
 		{"its install step fails", fields{"install": "echo no such package >&2; exit 7"}, nil, `Invalid app release: Release dependency install failed \(exit code 7\): no such package`},
-		{"its install step hangs", fields{"install": "echo waiting; sleep 60"}, nil, `Invalid app release: Release dependency install did not end within 1s: waiting`},
+		{"its install step hangs", fields{"timeouts": short["timeouts"], "install": "echo waiting; sleep 60"}, nil, `Invalid app release: Release dependency install did not end within 1s: waiting`},
 		{"its install step prints much and fails", fields{"timeouts": fields{"install": 60}, "install": fmt.Sprintf("head -c %d /dev/zero | tr '\\0' x; exit 1", printed)}, nil, `Invalid app release: Release dependency install failed \(exit code 1\): x{600}\n\[\.\.\.\]\nx{600}`},
 		{"its release command fails", fields{"release": "echo no database >&2; exit 2"}, nil, `Release command 'sh -lc echo no database >&2; exit 2' failed \(exit code 2\): no database`},
 	} {
-		manifest := quick(fields{"timeouts": short})
+		manifest := quick(fields{"timeouts": patient})
 		maps.Copy(manifest, c.fields)
 		lay(t, s, "new", "1", manifest, c.flags...)
 		lay(t, s, "good", "2", manifest, c.flags...)

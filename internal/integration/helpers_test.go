@@ -118,7 +118,7 @@ func deploy(t *testing.T, s *takotest.Server, app, version string, manifest map[
 func quick(more map[string]any) map[string]any {
 	m := map[string]any{
 		"https_redirect": false,
-		"timeouts":       map[string]any{"stability": 0.2, "ready": 3, "grace": 1, "drain": 5, "streams": 1, "install": 2},
+		"timeouts":       map[string]any{"stability": 0.2, "ready": 20, "grace": 1, "drain": 5, "streams": 1, "install": 20},
 	}
 	maps.Copy(m, more)
 	return m

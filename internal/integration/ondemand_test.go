@@ -91,7 +91,7 @@ func TestABurstOnASleepingAppStartsOneInstance(t *testing.T) {
 func TestTheQueueOfASleepingAppIsBounded(t *testing.T) {
 	t.Parallel()
 	s := start(t, takotest.Options{})
-	onDemand(t, s, "blog", map[string]any{"queue": map[string]any{"waiters": 2, "wait": 60}}, "-slow", "3s")
+	onDemand(t, s, "blog", map[string]any{"queue": map[string]any{"waiters": 2, "wait": 60}}, "-slow", "2s")
 	asleep(t, s, "blog")
 	codes := make(chan int, 3)
 	for range 3 {
