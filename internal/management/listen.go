@@ -295,3 +295,35 @@ func lives(pid int) bool {
 	}
 	return !errors.Is(err, unix.ESRCH)
 }
+
+// ListenBeside is Listen where a living server may have the link already: then the
+// link stays that one's, until TakeLink.
+func ListenBeside(path, link string, mode fs.FileMode, gid uint32) (*net.UnixListener, error) {
+	path, link, err := absolute(path, link)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := probe(link); err != nil {
+		return Listen(path, link, mode, gid) // and says what is wrong with it
+	}
+	if err := clearOne(path); err != nil {
+		return nil, err
+	}
+	return bind(path, mode, gid)
+}
+
+// TakeLink points link to path once nobody answers at it any more; it does
+// nothing if it leads there already. A living server's is an error.
+func TakeLink(path, link string) error {
+	path, link, err := absolute(path, link)
+	if err != nil {
+		return err
+	}
+	if to, ok := target(link); ok && to == path {
+		return nil
+	}
+	if err := clearOne(link); err != nil {
+		return err
+	}
+	return Link(path, link)
+}

@@ -247,3 +247,47 @@ func TestAnotherUsersDeadServerInAStickyDirectory(t *testing.T) {
 		t.Errorf("the client's hint: %v", err) // nil where fs.protected_symlinks is off
 	}
 }
+
+func TestASecondServerLeavesTheLinkToTheFirstUntilThatHasGone(t *testing.T) {
+	dir := shortDir(t)
+	first, err := listen(t, dir, 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	link, own := filepath.Join(dir, "tako.sock"), filepath.Join(dir, "tako-8.sock")
+	second, err := ListenBeside(own, link, 0o660, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if to, _ := os.Readlink(link); to != "tako-7.sock" {
+		t.Errorf("link to %q", to)
+	}
+	if c, err := net.Dial("unix", own); err != nil {
+		t.Error(err)
+	} else {
+		_ = c.Close()
+	}
+	if err := TakeLink(own, link); err == nil || !strings.Contains(err.Error(), "answers") {
+		t.Errorf("the link of a living server was taken: %v", err)
+	}
+	_ = first.Close() // killed: all it had is still there
+	for range 2 {     // again is nothing
+		if err := TakeLink(own, link); err != nil {
+			t.Error(err)
+		}
+	}
+	if to, _ := os.Readlink(link); to != "tako-8.sock" {
+		t.Errorf("link to %q", to)
+	}
+	// And where nobody has the link it is made at once.
+	alone := shortDir(t)
+	third, err := ListenBeside(filepath.Join(alone, "tako-9.sock"), filepath.Join(alone, "tako.sock"), 0o660, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer third.Close()
+	if to, _ := os.Readlink(filepath.Join(alone, "tako.sock")); to != "tako-9.sock" {
+		t.Errorf("link to %q", to)
+	}
+}

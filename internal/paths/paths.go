@@ -29,6 +29,9 @@ type Layout struct {
 	Run string
 	// Socket is the stable path of the management socket.
 	Socket string
+	// Second is the pid of a server that was started beside the owner of the data
+	// root, and 0 for any other: its instances' sockets have a folder of their own.
+	Second int
 }
 
 // Database is the SQLite file of the runtime state.
@@ -60,12 +63,29 @@ func (l Layout) Apps() string { return filepath.Join(l.Data, "apps") }
 func (l Layout) App(app tako.AppID) AppLayout {
 	return AppLayout{
 		Dir:    filepath.Join(l.Apps(), string(app)),
-		RunDir: filepath.Join(l.Run, "instances", string(app)),
+		RunDir: filepath.Join(l.Instances(), string(app)),
 	}
 }
 
+// SecondSocket is where the owner of the data root hands its listeners to a
+// second server.
+func (l Layout) SecondSocket() string { return filepath.Join(l.Data, "second.sock") }
+
+// SecondPrefix begins the name of the folder of a second server's sockets; its
+// pid ends it.
+const SecondPrefix = "instances-"
+
 // Instances is the folder of the apps' sockets.
-func (l Layout) Instances() string { return filepath.Join(l.Run, "instances") }
+func (l Layout) Instances() string {
+	if l.Second != 0 {
+		return filepath.Join(l.Run, SecondPrefix+strconv.Itoa(l.Second))
+	}
+	return filepath.Join(l.Run, "instances")
+}
+
+// Profiles is the socket on which tako-proxy answers with profiles of itself, if
+// it is to.
+func (l Layout) Profiles() string { return filepath.Join(l.Run, "pprof.sock") }
 
 // PIDSocket is the management socket of one process, beside the stable path,
 // which is a link to it.

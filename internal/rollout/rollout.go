@@ -206,6 +206,13 @@ func New(jitter func() float64) *App {
 	return &App{jitter: jitter, nextN: 1, paces: make(map[string]*pace)}
 }
 
+// NewFrom is New with the number of the first instance, from 1.
+func NewFrom(first uint32, jitter func() float64) *App {
+	a := New(jitter)
+	a.nextN = max(first, 1)
+	return a
+}
+
 // pace returns the pace of a process.
 func (a *App) pace(process string) *pace {
 	p := a.paces[process]

@@ -20,6 +20,15 @@ var (
 	ErrFollowing   = errors.New("the database is another process's to change")
 )
 
+// Schema is the number of the schema that this tako makes and follows.
+func Schema() (int, error) {
+	all, err := loadMigrations()
+	if err != nil {
+		return 0, err
+	}
+	return all[len(all)-1].version, nil
+}
+
 // Follow opens the state of a living owner to read what that one writes; it makes
 // and changes nothing. Its schema must be exactly ours: else the error wraps
 // ErrOtherSchema, and ErrNewerSchema if it is a later one. Until TakeOver every

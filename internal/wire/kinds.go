@@ -28,6 +28,7 @@ const (
 	KindServe           Kind = 109
 	KindDrain           Kind = 110
 	KindChallenge       Kind = 111
+	KindProfiling       Kind = 112
 	KindApplied         Kind = 120
 	KindWake            Kind = 121
 	KindQuiet           Kind = 122

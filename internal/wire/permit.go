@@ -91,6 +91,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindApp, In: always, New: of[App]()},
 			{Kind: KindAppGone, In: always, New: of[AppGone]()},
 			{Kind: KindChallenge, In: always, New: of[Challenge]()},
+			{Kind: KindProfiling, In: set, Once: true, Files: 1, New: of[Profiling]()},
 			{Kind: KindServe, In: set, Once: true, Next: Serving, New: of[Serve]()},
 			{Kind: KindPing, In: always, New: of[Ping]()},
 			{Kind: KindDrain, In: live, Once: true, Next: Draining, New: of[Drain]()},

@@ -46,6 +46,10 @@ type Listeners struct {
 // Signer hands over the proxy's end of the signing socket, one descriptor.
 type Signer struct{}
 
+// Profiling hands over a listening Unix socket, one descriptor, on which the proxy
+// is to answer with profiles of itself. It is sent only if the operator wants it.
+type Profiling struct{}
+
 // Dialer hands over the proxy's end of the dialling socket, one descriptor, to
 // the agent.
 type Dialer struct{}

@@ -17,8 +17,10 @@ package wire
 
 // Follow asks to serve beside the owner.
 type Follow struct {
-	// Socket is the second's own management socket, tako-PID.sock.
+	// Socket is the second's own management socket, tako-PID.sock; Link is the
+	// stable path that is to lead to it when the owner has gone.
 	Socket string `json:"socket"`
+	Link   string `json:"link"`
 }
 
 // Shared answers Follow: it hands over the listening sockets, one descriptor per
