@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"strconv"
 	"strings"
@@ -17,43 +16,10 @@ import (
 	"golang.org/x/net/http/httpguts"
 )
 
-// The limits of an exchange.
-const (
-	// MaxHead bounds the head of an answer, in bytes, and all heads before it.
-	MaxHead = 256 << 10
-	// FirstByteTime bounds the time from the end of the request to the first byte
-	// of the answer.
-	FirstByteTime = 60 * time.Second
-	// WriteTime bounds each write to an instance that does not read.
-	WriteTime = 60 * time.Second
-	// ContinueTime is how long a body is held back for a 100 (Continue).
-	ContinueTime = time.Second
-	// settleTime bounds the wait for the last write of a body whose answer has
-	// already come.
-	settleTime = 10 * time.Millisecond
-	copyBuffer = 32 << 10
-)
+const copyBuffer = 32 << 10
 
-// ErrTimeout means that FirstByteTime passed.
-var ErrTimeout = errors.New("the instance did not answer in time")
-
-// A LostError says that the connection ended before the first byte of an answer.
-// What became of the request nobody knows.
-type LostError struct {
-	Err error
-	// Repeatable: the request may be sent once more, to another instance.
-	Repeatable bool
-}
-
-func (e *LostError) Error() string { return "the connection ended before an answer: " + e.Err.Error() }
-func (e *LostError) Unwrap() error { return e.Err }
-
-// A BodyError says that the body of the request could not be read to its end:
-// the client's fault, not the instance's.
-type BodyError struct{ Err error }
-
-func (e *BodyError) Error() string { return "read the request's body: " + e.Err.Error() }
-func (e *BodyError) Unwrap() error { return e.Err }
+// MaxHead bounds the head of an answer, in bytes, and all heads before it.
+const MaxHead = 256 << 10
 
 // A Request is what is to be sent. Header has end-to-end fields only: Do adds
 // the framing, Host, and Connection and Upgrade for an upgrade.
@@ -96,33 +62,6 @@ type Response struct {
 	Unsent bool
 	// Tunnel is the connection after a 101, the caller's to close; Body is empty.
 	Tunnel *Tunnel
-}
-
-// A Tunnel is a connection whose bytes are no longer HTTP. Read returns first
-// what had already arrived.
-type Tunnel struct {
-	conn *conn
-	once sync.Once
-}
-
-// Read reads what the instance sends.
-func (t *Tunnel) Read(b []byte) (int, error) { return t.conn.br.Read(b) }
-
-// Write sends to the instance.
-func (t *Tunnel) Write(b []byte) (int, error) { return t.conn.Write(b) }
-
-// CloseWrite tells the instance that nothing more will come.
-func (t *Tunnel) CloseWrite() error {
-	if h, ok := t.conn.Conn.(interface{ CloseWrite() error }); ok {
-		return h.CloseWrite()
-	}
-	return t.Close()
-}
-
-// Close ends the tunnel. It may come twice.
-func (t *Tunnel) Close() error {
-	t.once.Do(func() { t.conn.pool.drop(t.conn) })
-	return nil
 }
 
 // Do sends the request and returns the answer once its head has come. The
@@ -267,11 +206,6 @@ type exchange struct {
 	once    sync.Once
 }
 
-const (
-	claimedToSend = 1 // something of the body was, or will be, read
-	claimedToStop = 2 // nothing will
-)
-
 func (x *exchange) bodyTouched() bool { return x.claim.Load() == claimedToSend }
 
 // run sends the request and reads the head of the answer. On an error the
@@ -353,17 +287,12 @@ func (x *exchange) run(ctx context.Context, head []byte) (*Response, error) {
 		x.join()
 		x.stop()
 		_ = c.SetDeadline(time.Time{})
-		out.Body, out.Tunnel = http.NoBody, &Tunnel{conn: c}
+		out.Body, out.Tunnel = http.NoBody, &Tunnel{conn: c.Conn, r: c.br, drop: func() { c.pool.drop(c) }}
 		return out, nil
 	}
 	x.closing = resp.Close
 	out.Body = &body{x: x, rc: resp.Body}
 	return out, nil
-}
-
-func isTimeout(err error) bool {
-	ne, ok := errors.AsType[net.Error](err)
-	return ok && ne.Timeout()
 }
 
 func (x *exchange) letGo(send bool) {

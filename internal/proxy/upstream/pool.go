@@ -40,6 +40,7 @@ type Pool struct {
 
 	mu      sync.Mutex
 	idle    []*conn // the one used last at the end
+	links   []*link // the same
 	open    int     // idle ones, those in use and those being made
 	retired bool
 }
@@ -150,6 +151,7 @@ func (p *Pool) Sweep(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.expireLocked(now)
+	p.expireLinksLocked(now)
 }
 
 // expireLocked closes those idle for too long, which stand first.
@@ -175,8 +177,11 @@ func (p *Pool) Retire() {
 	for _, c := range p.idle {
 		_ = c.Close()
 	}
-	p.open -= len(p.idle)
-	p.idle = nil
+	for _, l := range p.links {
+		_ = l.Close()
+	}
+	p.open -= len(p.idle) + len(p.links)
+	p.idle, p.links = nil, nil
 }
 
 // Revive takes Retire back.
@@ -190,7 +195,7 @@ func (p *Pool) Revive() {
 func (p *Pool) Conns() (open, idle int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.open, len(p.idle)
+	return p.open, len(p.idle) + len(p.links)
 }
 
 // alive reports whether an idle connection is still open and silent. A

@@ -1,0 +1,91 @@
+package upstream
+
+import (
+	"context"
+	"net"
+	"sync"
+)
+
+// Cancel ends an exchange from another goroutine. It stands for a context where
+// one for each request would cost too much: it is part of what its owner has
+// already, and Reset makes it fit for the next request. Its zero value is ready.
+// All but Reset may come from any goroutine.
+type Cancel struct {
+	mu    sync.Mutex
+	cause error
+	conn  net.Conn // of the exchange under way, to be closed
+	ctx   context.Context
+	end   context.CancelCauseFunc
+}
+
+// Do ends the exchange under way, and all after it, for that cause; nil stands
+// for context.Canceled. Only the first call has an effect.
+func (c *Cancel) Do(cause error) {
+	if cause == nil {
+		cause = context.Canceled
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return
+	}
+	c.cause = cause
+	if c.conn != nil {
+		_ = c.conn.Close() // under mu, so that it is nobody else's by now
+		c.conn = nil
+	}
+	if c.end != nil {
+		c.end(cause)
+	}
+}
+
+// Cause returns what Do was called with, nil before.
+func (c *Cancel) Cause() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.cause
+}
+
+// Context returns a context that Do ends, with the cause, and Reset. It is made
+// by the first call.
+func (c *Cancel) Context() context.Context {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx == nil {
+		c.ctx, c.end = context.WithCancelCause(context.Background())
+		if c.cause != nil {
+			c.end(c.cause)
+		}
+	}
+	return c.ctx
+}
+
+// Reset forgets all. Nobody may use c meanwhile, or call Do for what was before.
+func (c *Cancel) Reset() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.end != nil {
+		c.end(nil)
+	}
+	c.cause, c.conn, c.ctx, c.end = nil, nil, nil, nil
+}
+
+// attach has Do close the connection, and reports false if Do was called before.
+func (c *Cancel) attach(conn net.Conn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.cause != nil {
+		return false
+	}
+	c.conn = conn
+	return true
+}
+
+// detach takes attach back. It reports false if Do has closed the connection, or
+// may have.
+func (c *Cancel) detach() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.conn = nil
+	return c.cause == nil
+}

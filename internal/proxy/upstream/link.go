@@ -1,0 +1,239 @@
+package upstream
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"syscall"
+	"time"
+)
+
+// deadlineSlack is how late the deadlines of a connection may be: they are set
+// anew only for those that would come too early.
+const deadlineSlack = 5 * time.Second
+
+// link is a connection to the instance, in use by one exchange or idle. While it
+// is idle it holds no buffer.
+type link struct {
+	net.Conn
+	pool  *Pool
+	raw   syscall.RawConn       // nil if it is no socket
+	step  func(fd uintptr) bool // l.steps, made once
+	since time.Time             // idle since
+	due   time.Time             // both deadlines, zero for none
+	state                       // of swap
+}
+
+// state is what the steps of a swap have come to.
+type state struct {
+	next  byte
+	out   []byte // to be written
+	in    []byte // room for what is read
+	wrote int
+	got   int
+	err   error
+}
+
+const (
+	stepPeek byte = iota
+	stepWrite
+	stepRead
+)
+
+var (
+	// errStale: the instance has closed the connection while it was idle, or has
+	// sent something. Nothing was written.
+	errStale = errors.New("the idle connection has ended")
+	errShort = errors.New("the request was written in part")
+)
+
+func newLink(c net.Conn, p *Pool) *link {
+	l := &link{Conn: c, pool: p}
+	if sc, ok := c.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			l.raw = raw
+			l.step = l.steps
+		}
+	}
+	return l
+}
+
+// swap writes out, waits, and reads what has come into in. Look has it see first
+// whether the connection is still open and silent. The request is written where
+// a reader would look for bytes first: nothing can have come yet, so that look is
+// saved, and the goroutine parks once.
+//
+// What comes while it writes is not lost: the poller notes it from before the
+// first step on. What came before and was not looked for is found with the answer.
+func (l *link) swap(out, in []byte, look bool) (wrote, got int, err error) {
+	if l.raw == nil {
+		if n, err := l.Write(out); err != nil {
+			return n, 0, err
+		}
+		got, err = l.Read(in)
+		return len(out), got, err
+	}
+	l.state = state{next: stepWrite, out: out, in: in}
+	if look {
+		l.next = stepPeek
+	}
+	err = l.raw.Read(l.step)
+	s := l.state
+	l.state = state{}
+	if err == nil {
+		err = s.err
+	}
+	if err == errShort { //nolint:errorlint // it is ours
+		n, err := l.Write(out[s.wrote:])
+		if s.wrote += n; err != nil {
+			return s.wrote, 0, err
+		}
+		got, err := l.Read(in)
+		return s.wrote, got, err
+	}
+	return s.wrote, s.got, err
+}
+
+// steps does what it can without waiting, and reports whether the swap is over.
+func (l *link) steps(fd uintptr) bool {
+	switch l.next {
+	case stepPeek:
+		if !quiet(int(fd)) {
+			l.err = errStale
+			return true
+		}
+		fallthrough
+	case stepWrite:
+		l.next = stepRead
+		n, err := retried(syscall.Write, int(fd), l.out)
+		if err == syscall.EAGAIN { //nolint:errorlint // an Errno
+			n, err = 0, nil
+		}
+		if l.wrote = n; err == nil && n < len(l.out) {
+			err = errShort
+		}
+		l.err = err
+		return err != nil
+	}
+	n, err := retried(syscall.Read, int(fd), l.in)
+	if err == syscall.EAGAIN { //nolint:errorlint // an Errno
+		return false
+	}
+	if err == nil && n == 0 {
+		err = io.EOF
+	}
+	l.got, l.err = n, err
+	return true
+}
+
+// retried calls f until no signal came between.
+func retried(f func(int, []byte) (int, error), fd int, b []byte) (int, error) {
+	for {
+		n, err := f(fd, b)
+		if err != syscall.EINTR { //nolint:errorlint // an Errno
+			return max(n, 0), err
+		}
+	}
+}
+
+// quiet reports whether a connection is open and has nothing to be read.
+func quiet(fd int) bool {
+	var b [1]byte
+	for {
+		_, _, err := syscall.Recvfrom(fd, b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
+		if err != syscall.EINTR { //nolint:errorlint // an Errno
+			return err == syscall.EAGAIN //nolint:errorlint // an Errno
+		}
+	}
+}
+
+// silent is quiet for a connection that may be no socket, which counts as silent.
+func (l *link) silent() bool {
+	if l.raw == nil {
+		return true
+	}
+	is := false
+	err := l.raw.Control(func(fd uintptr) { is = quiet(int(fd)) })
+	return err == nil && is
+}
+
+// arm sees to it that reads and writes end, FirstByteTime from now or a bit later.
+func (l *link) arm(now time.Time) {
+	if l.due.Sub(now) < FirstByteTime {
+		l.due = now.Add(FirstByteTime + deadlineSlack)
+		_ = l.SetDeadline(l.due) // a closed connection shows at the write
+	}
+}
+
+// unlimited takes the limit off reads.
+func (l *link) unlimited() {
+	_ = l.SetReadDeadline(time.Time{})
+	l.due = time.Time{}
+}
+
+// getLink returns a connection for one exchange, whether it was used before, and
+// whether it has to be looked at before that. Fresh asks for one that was not
+// used.
+func (p *Pool) getLink(c *Cancel, now time.Time, fresh bool) (l *link, reused, look bool, err error) {
+	p.mu.Lock()
+	if n := len(p.links) - 1; n >= 0 && !fresh {
+		l := p.links[n]
+		idle := now.Sub(l.since)
+		if idle < IdleTime {
+			p.links[n] = nil
+			p.links = p.links[:n]
+			p.mu.Unlock()
+			return l, true, idle >= PeekAfter, nil
+		}
+		p.expireLinksLocked(now)
+	}
+	p.open++
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(c.Context(), ConnectTime)
+	defer cancel()
+	conn, err := p.dial(ctx)
+	if err == nil {
+		return newLink(conn, p), false, false, nil
+	}
+	p.mu.Lock()
+	p.open--
+	p.mu.Unlock()
+	if cause := c.Cause(); cause != nil {
+		return nil, false, false, cause
+	}
+	return nil, false, false, &DialError{Err: err}
+}
+
+// putLink takes back a connection that is fit for another exchange.
+func (p *Pool) putLink(l *link) {
+	l.since = time.Now()
+	p.mu.Lock()
+	if !p.retired {
+		p.links = append(p.links, l)
+		p.mu.Unlock()
+		return
+	}
+	p.mu.Unlock()
+	p.dropLink(l)
+}
+
+// dropLink closes a connection that is not to be used again.
+func (p *Pool) dropLink(l *link) {
+	_ = l.Close()
+	p.mu.Lock()
+	p.open--
+	p.mu.Unlock()
+}
+
+// expireLinksLocked closes those idle for too long, which stand first.
+func (p *Pool) expireLinksLocked(now time.Time) {
+	n := 0
+	for n < len(p.links) && now.Sub(p.links[n].since) >= IdleTime {
+		_ = p.links[n].Close()
+		n++
+	}
+	p.links = slices.Delete(p.links, 0, n)
+	p.open -= n
+}
