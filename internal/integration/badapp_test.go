@@ -26,7 +26,7 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 	}
 	patient := fields{"ready": 20, "stability": 0.3, "grace": 0.5, "install": 20}
 	short := fields{"timeouts": fields{"ready": 1, "stability": 0.3, "grace": 0.5, "install": 1}}
-	answers := fields{"timeouts": fields{"ready": 4, "stability": 0.3, "grace": 0.5}} // in time, and badly
+	answers := fields{"timeouts": fields{"ready": 4, "stability": 0.3, "grace": 0.5}} // enough to say what is wrong
 	sh := func(script string) fields { return fields{"start": []string{"sh", "-c", script}} }
 	for _, c := range []struct {
 		name   string
@@ -39,7 +39,7 @@ func TestDeploysOfBadAppsFailAndSayWhy(t *testing.T) {
 		{"cannot be executed", fields{"start": []string{"./no-such-program"}}, nil, `.*Failed to spawn instance: .*no-such-program.*`},
 		{"exits within its window", fields{"timeouts": fields{"stability": 5}}, []string{"-lifetime", "500ms"}, `.*Process exited.*\(exit code 9\).*`},
 		{"never listens", short, []string{"-listen", "never"}, `.*Instance startup timeout: .*`},
-		{"listens on another port", short, []string{"-listen", "wrong"}, `.*Instance startup timeout: .*(PORT|TAKO_APP_SOCKET).*`},
+		{"listens on another port", answers, []string{"-listen", "wrong"}, `.*Instance startup timeout: .*(PORT|TAKO_APP_SOCKET).*`},
 		{"listens, then hangs", short, []string{"-silent"}, `.*Instance startup timeout.*`},
 		{"answers 500", answers, []string{"-status", "500"}, `.*Instance startup timeout: .*500.*`},
 		{"has no page to probe", answers, []string{"-status", "404"}, `.*Instance startup timeout: .*404.*health.*`},

@@ -60,7 +60,9 @@ func TestManyAppsComeBackSideBySide(t *testing.T) {
 	if err := os.RemoveAll(releaseDir(s, "a-never", "1")); err != nil {
 		t.Fatal(err)
 	}
-	lay(t, s, "a-never", "1", quick(nil), "-listen", "never")
+	// It is given up soon: another test's server may listen on its port meanwhile.
+	soon := map[string]any{"stability": 0.2, "ready": 2, "grace": 1}
+	lay(t, s, "a-never", "1", quick(map[string]any{"timeouts": soon}), "-listen", "never")
 
 	began := time.Now()
 	if err := s.Start(); err != nil {
