@@ -22,8 +22,8 @@ var buffers = [...]struct {
 	pool sync.Pool
 }{{size: SmallBuffer}, {size: OutBuffer}, {size: HeadBuffer}, {size: CopyBuffer}, {size: MaxResponseHead}}
 
-// Get returns a buffer of the smallest size that has n bytes, of n up to
-// MaxResponseHead. What is in it is anything.
+// Get returns a buffer of the smallest size that has n bytes. What is in it is
+// anything. One beyond MaxResponseHead is of no pool.
 func Get(n int) *Buffer {
 	for i := range buffers {
 		class := &buffers[i]
@@ -38,7 +38,7 @@ func Get(n int) *Buffer {
 		b.B = b.B[:class.size]
 		return b
 	}
-	panic("h1: no buffer is that large")
+	return &Buffer{B: make([]byte, n)}
 }
 
 // Put gives b back. No view of it may be used after.
@@ -55,5 +55,4 @@ func Put(b *Buffer) {
 			return
 		}
 	}
-	panic("h1: a buffer that is not of the pools was given back")
 }

@@ -563,15 +563,6 @@ func (r *ResponseHead) interpret(method []byte) error {
 	if r.Status != http.StatusSwitchingProtocols || upgrades != 1 || !s.upgrade {
 		r.Upgrade = nil
 	}
-	if r.Status < http.StatusOK || r.Status == http.StatusNoContent {
-		if s.codings > 0 || s.lengths > 0 && s.length != 0 {
-			if r.Status < http.StatusOK {
-				return errInterimFraming
-			}
-			r.Close = true // it may well send that body
-		}
-		return nil
-	}
 	switch {
 	case s.codings > 0 && s.lengths > 0, s.codings > 1, s.differ:
 		return errAnswerFraming
@@ -579,6 +570,15 @@ func (r *ResponseHead) interpret(method []byte) error {
 		return errAnswerCoding
 	case s.lengths > 0 && s.length < 0:
 		return errAnswerLength
+	}
+	if r.Status < http.StatusOK || r.Status == http.StatusNoContent {
+		if s.codings > 0 || s.lengths > 0 && s.length > 0 {
+			if r.Status < http.StatusOK {
+				return errInterimFraming
+			}
+			r.Close = true // it may well send that body
+		}
+		return nil
 	}
 	r.Body = message.HasBody(method, r.Status)
 	r.Length = message.Unknown

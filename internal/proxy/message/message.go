@@ -2,6 +2,7 @@ package message
 
 import (
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 )
@@ -194,8 +195,19 @@ type Exchange interface {
 	Interrupt()
 }
 
-// Watcher is told that a client has gone.
+// Watcher is told that a client has gone. ClientGone must not block, and is not
+// called after the handler has returned.
 type Watcher interface{ ClientGone() }
+
+// Splicer is what an Exchange may be, too.
+type Splicer interface {
+	// SpliceFrom moves the next n bytes of the body from src to the client, in the
+	// kernel where it can, and returns how many were moved. It is for large bodies
+	// of a known length that are sent as they are. Errors.ErrUnsupported means that
+	// nothing was read and Write is to be used. Any other error may be that of src,
+	// whose deadlines are the caller's to set; the answer is to be aborted then.
+	SpliceFrom(src net.Conn, n int64) (int64, error)
+}
 
 // Stream is the client's end of a tunnel. Reads and writes may be two
 // goroutines'; Close anybody's.
