@@ -31,6 +31,12 @@ type Config struct {
 	// Version is the build's, for hello.
 	Version string
 	Limits  Limits
+	// Waiting brings connections that another Serve gave to its Left: they are
+	// served like new ones. Left is given, when ctx ends, each connection that waits
+	// for its next request, which the peer does not notice, and owns it. It is called
+	// from several goroutines and must not block. Nil closes them.
+	Waiting <-chan *net.UnixConn
+	Left    func(*net.UnixConn)
 }
 
 // acceptPause is how long Serve waits after an accept that the system refused.
@@ -50,8 +56,8 @@ type server struct {
 }
 
 // Serve answers clients until ctx ends, and returns after every goroutine it
-// started. When ctx ends, idle connections are closed, requests that had arrived
-// are answered, and running commands get their reply; after DrainTimeout their
+// started. When ctx ends, idle connections go to Left, or are closed, requests that
+// had arrived are answered, and running commands get their reply; after DrainTimeout their
 // context ends too. It returns nil then, and an error only if the listener
 // broke. It may be called again with the same listener.
 func Serve(ctx context.Context, cfg Config) error {
@@ -70,6 +76,16 @@ func Serve(ctx context.Context, cfg Config) error {
 	defer stop()
 
 	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case c := <-cfg.Waiting:
+				srv.admit(c, &wg)
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
 	err := srv.accept(&wg)
 	srv.drain(&wg, cancel)
 	return err
@@ -137,6 +153,10 @@ func (srv *server) remove(s *session) {
 	srv.mu.Lock()
 	delete(srv.sessions, s)
 	srv.mu.Unlock()
+	if s.left {
+		srv.Left(s.conn)
+		return
+	}
 	_ = s.conn.Close()
 }
 
@@ -146,7 +166,7 @@ func (srv *server) drain(wg *sync.WaitGroup, cancel context.CancelFunc) {
 	srv.draining = true
 	for s := range srv.sessions {
 		if s.idle {
-			_ = s.conn.CloseRead()
+			srv.wakeUp(s)
 		}
 	}
 	srv.mu.Unlock()
@@ -191,18 +211,41 @@ type session struct {
 	peer peer
 
 	spent bool // bytes are left over that are no request
+	left  bool // it goes on elsewhere
 	idle  bool // it waits for a request; guarded by srv.mu
 }
 
-// wait marks the session as waiting for a request. What had arrived when the
-// server began to drain is still read, and then the end.
-func (s *session) wait(idle bool) {
-	s.srv.mu.Lock()
-	defer s.srv.mu.Unlock()
-	s.idle = idle
-	if idle && s.srv.draining {
+// wakeUp ends the wait of an idle session. Nothing that the peer sent is lost: what
+// has arrived is still read here, or later by whom the connection is left to.
+func (srv *server) wakeUp(s *session) {
+	if srv.Left != nil {
+		_ = s.conn.SetReadDeadline(time.Unix(1, 0))
+	} else {
 		_ = s.conn.CloseRead()
 	}
+}
+
+// wait waits for the first byte of a request. Once the server drains it is an
+// error, if none had arrived.
+func (s *session) wait() error {
+	if s.in.Buffered() > 0 {
+		return nil
+	}
+	s.srv.mu.Lock()
+	s.idle = true
+	err := s.readBy(s.srv.Limits.IdleTimeout)
+	if s.srv.draining {
+		s.srv.wakeUp(s)
+	}
+	s.srv.mu.Unlock()
+	if err == nil {
+		_, err = s.in.Peek(1)
+	}
+	s.srv.mu.Lock()
+	defer s.srv.mu.Unlock()
+	s.idle = false
+	s.left = s.srv.draining && s.srv.Left != nil && errors.Is(err, os.ErrDeadlineExceeded)
+	return err
 }
 
 func (s *session) serve() {
@@ -238,12 +281,7 @@ func (e *lineError) Error() string { return e.text }
 // readLine returns the next line without its newline. A line that is too long is
 // thrown away as it arrives. It returns io.EOF when there is no more.
 func (s *session) readLine() ([]byte, error) {
-	s.wait(true)
-	defer s.wait(false)
-	if err := s.readBy(s.srv.Limits.IdleTimeout); err != nil {
-		return nil, err
-	}
-	if _, err := s.in.Peek(1); err != nil {
+	if err := s.wait(); err != nil {
 		return nil, err
 	}
 	if err := s.readBy(s.srv.Limits.LineTimeout); err != nil {

@@ -91,7 +91,8 @@ type server struct {
 	stopping     chan struct{} // closed when the server begins to stop
 	restored     chan struct{} // closed when every app has been looked at
 	reload       reloading
-	reloadWanted chan struct{} // has room for one
+	reloadWanted chan struct{}      // has room for one
+	waiting      chan *net.UnixConn // management connections between two sessions
 	adopted      adopted
 
 	agentMu    sync.Mutex
@@ -130,6 +131,7 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 	s := &server{
 		hup: hup, log: log, version: version, startedAt: time.Now(),
 		stopping: make(chan struct{}), restored: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
+		waiting: make(chan *net.UnixConn, 2*management.MaxConnections),
 		agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
 		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
 	}
@@ -346,6 +348,10 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	if err != nil {
 		return s.goBack(st, err)
 	}
+	defer s.hangUp()
+	if err := s.takeConns(st); err != nil { // there is no way back any more
+		s.log.Warn("a management connection is lost", logging.Err, err)
+	}
 	reaping, endReaping := context.WithCancel(context.WithoutCancel(ctx))
 	defer endReaping()
 	go supervise.Reap(reaping) // after the children that we know are known to it
@@ -421,6 +427,13 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 	served := make(chan error, 1)
 	commands.Go(func() {
 		served <- management.Serve(answering, management.Config{
+			Waiting: s.waiting, Left: func(c *net.UnixConn) {
+				if ctx.Err() != nil {
+					_ = c.Close()
+					return
+				}
+				s.leave(c)
+			},
 			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
 			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, // an id
 			// What outlasts ReloadWait refuses the reload, and is not cut by it.
@@ -479,6 +492,28 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		}
 		s.reloadEnded(err)
 		return true, nil
+	}
+}
+
+// leave keeps a management connection that waits for its next request for the next
+// session, or the next image.
+func (s *server) leave(c *net.UnixConn) {
+	select {
+	case s.waiting <- c:
+	default:
+		_ = c.Close() // there is room for twice as many as are served
+	}
+}
+
+// hangUp closes the connections that wait for a session.
+func (s *server) hangUp() {
+	for {
+		select {
+		case c := <-s.waiting:
+			_ = c.Close()
+		default:
+			return
+		}
 	}
 }
 

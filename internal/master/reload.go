@@ -71,6 +71,7 @@ type state struct {
 	Lock      ipc.FD           `json:"lock"`
 	Mgmt      ipc.FD           `json:"mgmt"`
 	MgmtOwn   bool             `json:"mgmt_own"` // we made its path and take it away
+	MgmtConns []ipc.FD         `json:"mgmt_conns"`
 	Listeners []handedListener `json:"listeners"`
 	Activated bool             `json:"activated"` // the listeners are systemd's
 	Tickets   [][]byte         `json:"tickets"`
@@ -141,7 +142,7 @@ type handedProcess struct {
 
 // fds are the descriptors that must stay open over the exec.
 func (st *state) fds() []ipc.FD {
-	all := []ipc.FD{st.Program, st.AgentProgram, st.ProxyProgram, st.Lock, st.Mgmt}
+	all := append([]ipc.FD{st.Program, st.AgentProgram, st.ProxyProgram, st.Lock, st.Mgmt}, st.MgmtConns...)
 	for _, l := range st.Listeners {
 		all = append(all, l.FD)
 	}
@@ -362,6 +363,16 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	}
 	if st.Mgmt, err = dup(func() (ipc.FD, error) { return dupOf(mgmt) }); err != nil {
 		return err
+	}
+	// Every session has ended: no other connection comes to wait.
+	for n := len(s.waiting); n > 0; n-- {
+		c := <-s.waiting
+		undo = append(undo, func() { s.leave(c) })
+		fd, err := dup(func() (ipc.FD, error) { return dupOf(c) })
+		if err != nil {
+			return err
+		}
+		st.MgmtConns = append(st.MgmtConns, fd)
 	}
 	st.AgentProgram, st.ProxyProgram = s.agentProgram.fd, s.proxyProgram.fd
 	for _, l := range s.listeners {
@@ -699,6 +710,22 @@ func (s *server) inherit(st *state) (*net.UnixListener, error) {
 		s.ownMgmt(mgmt)
 	}
 	return mgmt, nil
+}
+
+// takeConns goes on with the management connections of the image before ours.
+func (s *server) takeConns(st *state) (err error) {
+	if st == nil {
+		return nil
+	}
+	for _, fd := range st.MgmtConns {
+		f := fd.File("management")
+		c, e := net.FileConn(f)
+		if uc, ok := c.(*net.UnixConn); ok {
+			s.leave(uc)
+		}
+		err = errors.Join(err, e, f.Close())
+	}
+	return err
 }
 
 // changePorts opens the ports that the settings name and we do not hold. Those
