@@ -156,9 +156,14 @@ func lockRoot(path string) (*os.File, error) {
 		}
 		return nil, fmt.Errorf("lock the data root: %w", err)
 	}
+	writePID(f)
+	return f, nil
+}
+
+// writePID writes into the lock whose it is.
+func writePID(f *os.File) {
 	if err := f.Truncate(0); err == nil {
 		// For people only: an error here is a full disk, and harmless.
 		_, _ = f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
 	}
-	return f, nil
 }

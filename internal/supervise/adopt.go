@@ -78,7 +78,8 @@ func Adopt(h Handed, channel *ipc.Channel, log hclog.Logger) (*Child, error) {
 		}
 		c.watch(func() Exit {
 			defer unix.Close(pidfd)
-			awaitEnd(pidfd)
+			for !AwaitEnd(pidfd, time.Hour) { // nobody else may wait for it
+			}
 			return Exit{Code: -1, Err: ErrNotOurs}
 		}, log)
 		return c, nil
@@ -111,12 +112,17 @@ func PIDOf(pidfd int) int {
 	return 0
 }
 
-// awaitEnd blocks a thread until the process of a pidfd has ended.
-func awaitEnd(pidfd int) {
-	for {
+// AwaitEnd blocks a thread until the process of a pidfd has ended, for limit at
+// most, and reports whether it has.
+func AwaitEnd(pidfd int, limit time.Duration) bool {
+	for late := time.Now().Add(limit); ; {
 		p := []unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}} //nolint:gosec // a descriptor
-		if n, err := unix.Poll(p, -1); n > 0 || err != nil && !errors.Is(err, unix.EINTR) {
-			return
+		n, err := unix.Poll(p, int(min(max(time.Until(late), 0), time.Hour).Milliseconds()))
+		switch {
+		case n > 0 || err != nil && !errors.Is(err, unix.EINTR):
+			return true
+		case time.Now().After(late):
+			return false
 		}
 	}
 }

@@ -119,6 +119,14 @@ func (c *Conn) sendLocked(id uint64, flags ipc.Flags, body any, files []ipc.FD) 
 	return nil
 }
 
+// States returns the states of both directions: what we may send and what we may
+// be sent. Nobody may be in Receive.
+func (c *Conn) States() (out, in State) {
+	c.sendMu.Lock()
+	defer c.sendMu.Unlock()
+	return c.out.state, c.in.state
+}
+
 // Receive waits for the next message. io.EOF means the peer has gone;
 // ipc.ErrProtocol that it broke the rules and the channel must be closed.
 func (c *Conn) Receive() (Message, error) {
