@@ -1,0 +1,87 @@
+package h2
+
+import "time"
+
+// The budgets of one connection against floods. Each is spent by what costs the
+// server work and the client nearly none, and fills up again with time. What is
+// over a budget ends the connection with ENHANCE_YOUR_CALM.
+const (
+	// ResetBurst and ResetRate (a second) bound streams that end because of the
+	// client before they were answered: those it resets, and those it makes us
+	// reset.
+	ResetBurst, ResetRate = 500, 50
+	// SettingsBurst and SettingsRate bound SETTINGS.
+	SettingsBurst, SettingsRate = 50, 1
+	// PingBurst and PingRate bound PING.
+	PingBurst, PingRate = 200, 10
+	// PriorityBurst and PriorityRate bound PRIORITY, and frames of unknown kinds.
+	PriorityBurst, PriorityRate = 1000, 100
+	// EmptyBurst and EmptyRate bound DATA without a byte that does not end a body.
+	EmptyBurst, EmptyRate = 200, 10
+	// WindowBurst and WindowRate bound WINDOW_UPDATE. Each frame of DATA that was
+	// sent allows WindowPerData more.
+	WindowBurst, WindowRate = 2000, 200
+	WindowPerData           = 8
+	// ClosedBurst and ClosedRate bound frames on streams that have ended.
+	ClosedBurst, ClosedRate = 1000, 200
+)
+
+// The limits of one block of fields, over all its frames.
+const (
+	// MaxContinuations bounds the CONTINUATION frames of a block.
+	MaxContinuations = 32
+	// MaxBlock bounds a block as it is sent, in bytes. What is larger than
+	// message.MaxHead after decoding is answered with 431.
+	MaxBlock = 64 << 10
+	// MaxDecoded bounds a block after decoding, in bytes.
+	MaxDecoded = 1 << 20
+)
+
+// MaxControl bounds the answers to PING and SETTINGS, and the resets, that wait
+// to be written to a client that does not read, in bytes.
+const MaxControl = 16 << 10
+
+// flood names a budget.
+type flood uint8
+
+const (
+	resets flood = iota
+	settings
+	pings
+	priorities
+	empties
+	windows
+	closed
+	floods
+)
+
+var budgets = [floods]struct {
+	burst, rate int32
+	name        string
+}{
+	resets: {ResetBurst, ResetRate, "resets"}, settings: {SettingsBurst, SettingsRate, "settings"},
+	pings: {PingBurst, PingRate, "pings"}, priorities: {PriorityBurst, PriorityRate, "priorities"},
+	empties: {EmptyBurst, EmptyRate, "empty frames"}, windows: {WindowBurst, WindowRate, "window updates"},
+	closed: {ClosedBurst, ClosedRate, "frames on ended streams"},
+}
+
+// purse holds what is left of a connection's budgets.
+type purse struct {
+	spent  [floods]int32
+	filled [floods]time.Duration // when spent was last looked at
+}
+
+// spend takes one from a budget and reports whether it was there.
+func (p *purse) spend(f flood, now func() time.Duration) bool {
+	if p.spent[f]++; p.spent[f] <= budgets[f].burst {
+		return true
+	}
+	at := now()
+	back := int64(at-p.filled[f]) * int64(budgets[f].rate) / int64(time.Second)
+	if back <= 0 {
+		return false
+	}
+	p.filled[f] = at
+	p.spent[f] = max(0, p.spent[f]-int32(min(back, int64(budgets[f].burst)))) //nolint:gosec // at most burst
+	return p.spent[f] <= budgets[f].burst
+}
