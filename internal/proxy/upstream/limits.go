@@ -18,6 +18,9 @@ const (
 	// settleTime bounds the wait for the last write of a body whose answer has
 	// already come.
 	settleTime = 10 * time.Millisecond
+	// lastTime bounds the wait for an answer from an instance that does not take the
+	// body any more.
+	lastTime = time.Second
 )
 
 // ErrTimeout means that FirstByteTime passed.

@@ -122,6 +122,9 @@ func reading(err error) error {
 	if err == nil || err == errStale { //nolint:errorlint // it is ours
 		return err
 	}
+	if err == io.EOF { // the connection returns it bare
+		err = io.ErrUnexpectedEOF
+	}
 	return fmt.Errorf("read the answer: %w", err)
 }
 

@@ -164,7 +164,8 @@ func (s *sender) run() {
 		}
 		if n > 0 {
 			if _, err := s.l.Write(piece(buf.B, n, chunked)); err != nil {
-				return // the answer, or its lack, will tell
+				s.answerWithin(lastTime) // which says why, perhaps
+				return
 			}
 		}
 		if !last {
@@ -177,21 +178,22 @@ func (s *sender) run() {
 				return
 			}
 			if _, err := s.l.Write(end); err != nil {
+				s.answerWithin(lastTime)
 				return
 			}
 		}
-		s.finish()
+		s.sent = true
+		s.answerWithin(FirstByteTime)
 		return
 	}
 }
 
-// finish begins the time for the first byte of the answer.
-func (s *sender) finish() {
-	s.sent = true
+// answerWithin bounds the wait for the head of the answer from now on.
+func (s *sender) answerWithin(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.hasHead {
-		_ = s.l.SetReadDeadline(time.Now().Add(FirstByteTime))
+		_ = s.l.SetReadDeadline(time.Now().Add(d))
 	}
 }
 
