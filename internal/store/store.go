@@ -82,10 +82,22 @@ func (d *DB) write(ctx context.Context, what string, spend bool, f func(tx *sql.
 		err = transact(ctx, d.sql, nil, f)
 	}
 	if err != nil {
+		if hasCode(err, diskErrors...) {
+			d.forgetTail(ctx)
+		}
 		return d.explain(what, err)
 	}
 	d.makeReserve()
 	return nil
+}
+
+// forgetTail empties the log, if the disk lets it: behind what is valid it may
+// hold the whole of a change whose sync failed, which we have taken back and a
+// start after a crash would find.
+func (d *DB) forgetTail(ctx context.Context) {
+	if _, err := d.sql.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`); err != nil {
+		d.o.Log.Error("a change that failed may be found by the next start: the disk fails", "error", err)
+	}
 }
 
 // read runs f on one state of the database.
@@ -102,6 +114,10 @@ func (d *DB) explain(what string, err error) error {
 	if hasCode(err, sqlite3.SQLITE_FULL) {
 		return fmt.Errorf("%w (%w)", tako.Errorf(tako.CodeFailed,
 			"%s: no room left to write %s; nothing was changed: free some disk space and try again", what, d.o.Path), err)
+	}
+	if hasCode(err, diskErrors...) {
+		return fmt.Errorf("%w (%w)", tako.Errorf(tako.CodeFailed,
+			"%s: the disk of %s fails; nothing was changed: the kernel's log (dmesg) says what is wrong with it", what, d.o.Path), err)
 	}
 	return fmt.Errorf("%s: %w", what, err)
 }
@@ -134,6 +150,9 @@ func hasCode(err error, codes ...int) bool {
 	}
 	return false
 }
+
+// diskErrors are what SQLite makes of a disk that fails, or is read-only since.
+var diskErrors = []int{sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 
 // noSpace reports whether giving up the reserve may help. A quota, and a shared
 // memory file that cannot grow, come as I/O errors.

@@ -1,0 +1,610 @@
+package integration
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"tako/internal/takotest"
+)
+
+// fireApp is the app that is changed under fire, in releases "1" and "2".
+const fireApp = "blog"
+
+// fireState is what a server says and its disk holds of that app, nil if there is
+// none, and of the server's mode.
+type fireState struct {
+	Mode string
+	App  *fireAppState
+}
+
+type fireAppState struct {
+	Version, Route, Secret string
+	Instances              int
+	Stopped                bool
+}
+
+func (s fireState) String() string {
+	if s.App == nil {
+		return s.Mode + ", no app"
+	}
+	return fmt.Sprintf("%s, %+v", s.Mode, *s.App)
+}
+
+// fireOp is a mutating command and what it makes of a state that it succeeds in.
+type fireOp struct {
+	name  string
+	ask   func(s *takotest.Server) error
+	model func(*fireState)
+	// free says that it works without any room on the disk.
+	free bool
+}
+
+// fireOps are the commands that a state allows, each with n in what it changes.
+func fireOps(now fireState, n int) []fireOp {
+	type fields = map[string]any
+	command := func(name string, f fields) func(*takotest.Server) error {
+		return func(s *takotest.Server) error { _, err := s.Ask(name, f); return err }
+	}
+	owner := fields{"owner": "fire"}
+	if now.Mode == "upgrading" {
+		return []fireOp{{"exit_upgrading", command("exit_upgrading", owner), func(s *fireState) { s.Mode = "normal" }, true}}
+	}
+	secret, route := fmt.Sprintf("secret-%d", n), fmt.Sprintf("r%d.localhost", n)
+	version := func(n int) string { return fmt.Sprint(n%2 + 1) }
+	deploy := fireOp{"deploy", func(s *takotest.Server) error {
+		_, err := ask(s, fireApp, version(n), fields{"routes": []string{route}, "secrets": fields{"SECRET": secret}})
+		return err
+	}, func(s *fireState) {
+		s.App = &fireAppState{Version: version(n), Route: route, Secret: secret, Instances: 1}
+	}, false}
+	if now.App == nil {
+		return []fireOp{deploy}
+	}
+	change := func(f func(a *fireAppState)) func(*fireState) {
+		return func(s *fireState) {
+			a := *s.App
+			f(&a)
+			s.App = &a
+		}
+	}
+	secrets := func(merge bool) func(*takotest.Server) error {
+		return command("update_secrets", fields{"app": fireApp, "secrets": fields{"SECRET": secret}, "merge": merge})
+	}
+	return []fireOp{
+		deploy,
+		{"rollback", command("rollback", fields{"app": fireApp, "version": version(n)}), change(func(a *fireAppState) { a.Version, a.Stopped = version(n), false }), false},
+		{"restart", command("restart", fields{"app": fireApp}), change(func(a *fireAppState) { a.Stopped = false }), false},
+		{"update_secrets", secrets(false), change(func(a *fireAppState) { a.Secret = secret }), false},
+		{"update_secrets, merged", secrets(true), change(func(a *fireAppState) { a.Secret = secret }), false},
+		{"scale", command("scale", fields{"app": fireApp, "instances": n%2 + 1}), change(func(a *fireAppState) { a.Instances = n%2 + 1 }), false},
+		{"enter_upgrading", command("enter_upgrading", owner), func(s *fireState) { s.Mode = "upgrading" }, false},
+		{"stop", command("stop", fields{"app": fireApp}), change(func(a *fireAppState) { a.Stopped = true }), true},
+		{"delete", command("delete", fields{"app": fireApp}), func(s *fireState) { s.App = nil }, true},
+	}
+}
+
+// after is the state that an op makes of another.
+func (o fireOp) after(before fireState) fireState {
+	o.model(&before) // a copy; what App leads to is not changed
+	return before
+}
+
+// observe is the state as the server tells it, once no command is under way.
+func observe(t *testing.T, s *takotest.Server) fireState {
+	t.Helper()
+	var state fireState
+	var info struct {
+		Mode string `json:"mode"`
+	}
+	data, err := s.Ask("server_info", nil)
+	if err == nil {
+		err = json.Unmarshal(data, &info)
+	}
+	if err != nil {
+		t.Fatalf("server_info: %v", err)
+	}
+	state.Mode = info.Mode
+	data, err = s.Ask("status", map[string]any{"app": fireApp})
+	if err != nil {
+		if !strings.Contains(err.Error(), "not found") {
+			t.Fatalf("status: %v", err)
+		}
+		return state
+	}
+	var st struct {
+		Version, State string
+		Routes         []string
+		Wanted         int `json:"instances_wanted"`
+	}
+	if err := json.Unmarshal(data, &st); err != nil {
+		t.Fatal(err)
+	}
+	state.App = &fireAppState{Version: st.Version, Route: strings.Join(st.Routes, ","), Instances: st.Wanted, Stopped: st.State == "stopped"}
+	text, err := os.ReadFile(filepath.Join(s.Data, "apps", fireApp, "secrets.json"))
+	var secrets map[string]string
+	if err == nil {
+		err = json.Unmarshal(text, &secrets)
+	}
+	if err != nil {
+		t.Fatalf("secrets: %v", err)
+	}
+	state.App.Secret = secrets["SECRET"]
+	return state
+}
+
+// settle waits, after a start, until the server has one of these states again, and
+// returns it.
+func settle(t *testing.T, s *takotest.Server, when string, either ...fireState) fireState {
+	t.Helper()
+	var got fireState
+	began := time.Now()
+	for time.Since(began) < takotest.StartWait {
+		got = observe(t, s)
+		for _, want := range either {
+			if reflect.DeepEqual(got, want) {
+				return got
+			}
+		}
+		time.Sleep(5 * time.Millisecond) // its apps are being restored
+	}
+	t.Fatalf("%s: got %v, want one of %v", when, got, either)
+	return got
+}
+
+// served waits until the app that a state has is served as the state says, by a
+// process with its version and secret.
+func (s fireState) served(t *testing.T, on *takotest.Server) {
+	t.Helper()
+	if s.App == nil || s.App.Stopped {
+		return
+	}
+	want := []string{"SECRET=" + s.App.Secret, "TAKO_VERSION=" + s.App.Version}
+	var answer takotest.Answer
+	var err error
+	began := time.Now()
+	for time.Since(began) < takotest.StartWait {
+		if answer, err = on.Get(t.Context(), takotest.TLS1, s.App.Route+"/env"); err == nil && answer.StatusCode == http.StatusOK &&
+			strings.Contains(answer.Text, want[0]+`"`) && strings.Contains(answer.Text, want[1]+`"`) {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Fatalf("%s is not served with %q: %v, %v %s", s.App.Route, want, err, answer.Response, answer.Text)
+}
+
+// attempt runs one command and holds it to all or nothing. It returns the state
+// after it.
+func (o fireOp) attempt(t *testing.T, s *takotest.Server, before fireState, when string) (fireState, error) {
+	t.Helper()
+	err := o.ask(s)
+	want := before
+	if err == nil {
+		want = o.after(before)
+	}
+	got := observe(t, s)
+	if !reflect.DeepEqual(got, want) {
+		t.Fatalf("%s %s: it answered %v:\n was %v\n got %v\nwant %v", o.name, when, err, before, got, want)
+	}
+	return got, err
+}
+
+// fireServer makes a server whose data root is a file system of its own.
+func fireServer(t *testing.T, mount func(dir string) error) *takotest.Server {
+	t.Helper()
+	s := prepare(t, takotest.Options{})
+	if err := os.Mkdir(s.Data, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	if err := mount(s.Data); err != nil {
+		t.Skipf("no file system of its own for the data root: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(s.Stop(), syscall.Unmount(s.Data, 0)); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := os.Chmod(s.Data, 0o711); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// fireStart starts the server with both releases there, and the first deployed.
+func fireStart(t *testing.T, s *takotest.Server) fireState {
+	t.Helper()
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for _, version := range []string{"1", "2"} {
+		fireRelease(t, releaseDir(s, fireApp, version))
+	}
+	if err := command("sync", "-f", s.Data); err != nil { // an upload is synced by the server
+		t.Fatal(err)
+	}
+	return fireBase(t, s, fireState{Mode: "normal"})
+}
+
+// fireRelease writes a small release: its program lies elsewhere.
+func fireRelease(t *testing.T, dir string) {
+	t.Helper()
+	programs, err := takotest.Build()
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = takotest.WriteApp(dir, quick(map[string]any{
+		"start":    []string{filepath.Join(programs, "testapp")},
+		"timeouts": map[string]any{"stability": 0, "ready": 20, "grace": 1, "drain": 2, "streams": 1},
+	}))
+	if err = errors.Join(err, os.Remove(filepath.Join(dir, "app"))); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fireBase deploys until the app is there as each attempt begins with it.
+func fireBase(t *testing.T, s *takotest.Server, now fireState) fireState {
+	t.Helper()
+	for _, op := range append(fireOps(now, 0), fireOps(fireState{Mode: "normal"}, 0)...) {
+		if op.name != "deploy" && op.name != "exit_upgrading" {
+			continue
+		}
+		if err := op.ask(s); err != nil {
+			t.Fatalf("%s: %v", op.name, err)
+		}
+		now = op.after(now)
+	}
+	if got := observe(t, s); !reflect.DeepEqual(got, now) {
+		t.Fatalf("after a deploy: got %v, want %v", got, now)
+	}
+	return now
+}
+
+// TestFireFullDiskDuringEveryCommand leaves a command so many bytes and no more.
+// It does all that it says, or it says why not and has changed nothing; stop,
+// delete and the end of an upgrade do. The next start agrees.
+func TestFireFullDiskDuringEveryCommand(t *testing.T) {
+	t.Parallel()
+	asRoot(t)
+	s := fireServer(t, func(dir string) error { return syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64m") })
+	base := fireStart(t, s)
+	upgrading := base
+	upgrading.Mode = "upgrading"
+	room := []int64{0, 20 << 10}
+	if soaking() {
+		room = []int64{0, 4 << 10, 8 << 10, 12 << 10, 16 << 10, 20 << 10, 24 << 10, 32 << 10, 48 << 10, 64 << 10, 128 << 10, 512 << 10, 2 << 20}
+	}
+	refused, done := 0, 0
+	for _, op := range append(fireOps(base, 1), fireOps(upgrading, 1)...) {
+		for _, bytes := range room {
+			when := fmt.Sprintf("with %d KiB left", bytes>>10)
+			before := base
+			if op.name == "exit_upgrading" {
+				if _, err := s.Ask("enter_upgrading", map[string]any{"owner": "fire"}); err != nil {
+					t.Fatal(err)
+				}
+				before = upgrading
+			}
+			filler := fillDisk(t, s.Data)
+			fi, err := os.Stat(filler)
+			if err == nil {
+				err = os.Truncate(filler, fi.Size()-bytes)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := op.attempt(t, s, before, when)
+			switch {
+			case err == nil:
+				done++
+			case op.free:
+				t.Errorf("%s %s: %v", op.name, when, err)
+			default:
+				refused++
+				wantError(t, s, op.name+" "+when, err, `(?i).*(no space left on device|disk is full|free some disk space).*`)
+			}
+			if soaking() || bytes == 0 && op.free {
+				if err := errors.Join(s.Kill(), s.Start()); err != nil {
+					t.Fatalf("start after %s %s: %v", op.name, when, err)
+				}
+				settle(t, s, "after "+op.name+" "+when+" and a kill", got)
+				got.served(t, s)
+			}
+			if err := os.Remove(filler); err != nil {
+				t.Fatal(err)
+			}
+			got.served(t, s)
+			base = fireBase(t, s, got)
+		}
+	}
+	t.Logf("%d commands found no room and changed nothing, %d were done", refused, done)
+	if refused == 0 || done == 0 {
+		t.Errorf("the room left is no test: %d refused, %d done", refused, done)
+	}
+}
+
+// fireImage makes an ext4 file system of so many MiB in a file of dir.
+func fireImage(dir string, mib int) (string, error) {
+	image := filepath.Join(dir, "image")
+	err := os.WriteFile(image, nil, 0o600)
+	if err == nil {
+		err = os.Truncate(image, int64(mib)<<20)
+	}
+	if err == nil {
+		err = command("mkfs.ext4", "-q", "-F", "-J", "size=4", image)
+	}
+	return image, err
+}
+
+func mountImage(image, dir string) error {
+	return command("mount", "-o", "loop,data=ordered,commit=5", image, dir)
+}
+
+func command(name string, args ...string) error {
+	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+	}
+	return nil
+}
+
+// freeze stops every process of the server where it is, and waits until it has.
+func freeze(t *testing.T, s *takotest.Server) {
+	t.Helper()
+	until(t, takotest.StopWait, "every process stands still", func() bool {
+		still := true
+		for _, p := range s.Processes() {
+			stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.PID))
+			if err != nil {
+				continue // it has gone
+			}
+			if _, rest, _ := bytes.Cut(stat, []byte(") ")); len(rest) > 0 && rest[0] == 'T' {
+				continue
+			}
+			still = false
+			if err := s.Signal(p.PID, syscall.SIGSTOP); err != nil {
+				t.Logf("it has gone: %v", err)
+			}
+		}
+		return still
+	})
+}
+
+// TestFirePowerCutsLoseNothingAcknowledged cuts the power under a row of commands:
+// the server's data root is a file system of its own, and the next server gets a
+// copy of what had reached the disk below it at one moment, and nothing of what
+// was in memory. What was acknowledged is there; of the command that was under way
+// all or nothing is.
+//
+// The disk is one that keeps its writes in order: a device that loses what it has
+// in its own cache would show a flush that is missing, and this does not.
+func TestFirePowerCutsLoseNothingAcknowledged(t *testing.T) {
+	t.Parallel()
+	asRoot(t)
+	cuts := 3
+	if soaking() {
+		cuts = 50
+	}
+	var image string
+	s := fireServer(t, func(dir string) (err error) {
+		if image, err = fireImage(t.TempDir(), 96); err != nil {
+			return err
+		}
+		return mountImage(image, dir)
+	})
+	uploaded := filepath.Join(t.TempDir(), "uploaded")
+	fireRelease(t, uploaded)
+	now := fireStart(t, s)
+	n, acked, whole, log := 0, 0, 0, len(s.Log())
+	for cut := range cuts {
+		moment := time.Duration(rand.IntN(1500)) * time.Millisecond
+		w := fireWriter{now: now, n: n, uploaded: uploaded, ended: make(chan struct{})}
+		go w.write(s)
+		select {
+		case <-time.After(moment):
+		case <-w.ended:
+			t.Fatalf("the commands ended by themselves: %v", w.err)
+		}
+		freeze(t, s)
+		before, op := w.state()
+		copied := image + ".cut"
+		for again := true; again; { // until the kernel is done with what was under way
+			if err := errors.Join(command("cp", "--sparse=always", image, copied), command("cp", "--sparse=always", image, copied+"2")); err != nil {
+				t.Fatal(err)
+			}
+			again = command("cmp", "-s", copied, copied+"2") != nil
+		}
+		for _, p := range s.Processes() {
+			if err := s.KillProcess(p.PID); err != nil {
+				t.Logf("it has gone: %v", err)
+			}
+		}
+		if err := errors.Join(s.Kill(), syscall.Unmount(s.Data, 0), os.Rename(copied, image), mountImage(image, s.Data), s.Start()); err != nil {
+			t.Fatalf("start after power cut %d: %v", cut, err)
+		}
+		<-w.ended
+		after := op.after(before)
+		now = settle(t, s, fmt.Sprintf("after power cut %d, %s into %d commands, during %s", cut, moment, w.n-n, op.name), before, after)
+		now.served(t, s)
+		if reflect.DeepEqual(now, after) {
+			whole++
+		}
+		acked += w.n - n
+		n = w.n + 1
+		if text := s.Log()[log:]; strings.Contains(text, "damaged") {
+			t.Fatalf("after power cut %d the database was damaged", cut)
+		}
+		nothingHalf(t, s)
+	}
+	t.Logf("%d power cuts under %d acknowledged commands; of the %d under way %d were whole", cuts, acked, cuts, whole)
+	if acked == 0 {
+		t.Error("no command was acknowledged")
+	}
+}
+
+// fireWriter sends one random command after another, until one fails.
+type fireWriter struct {
+	uploaded string // a release to upload
+	ended    chan struct{}
+	n        int // of acknowledged ones, with those before; to be read after ended
+	err      error
+
+	mu    sync.Mutex
+	now   fireState // as acknowledged
+	under fireOp
+}
+
+func (w *fireWriter) write(s *takotest.Server) {
+	defer close(w.ended)
+	for ; w.err == nil; w.n++ {
+		w.mu.Lock()
+		ops := fireOps(w.now, w.n)
+		if w.now.App != nil && w.now.Mode == "normal" {
+			ops = append(ops, fireUpload(w.uploaded, w.n))
+		}
+		op := ops[rand.IntN(len(ops))]
+		w.under = op
+		w.mu.Unlock()
+		if w.err = op.ask(s); w.err != nil {
+			return
+		}
+		w.mu.Lock()
+		w.now = op.after(w.now)
+		w.under = fireOp{name: "nothing", model: func(*fireState) {}}
+		w.mu.Unlock()
+	}
+}
+
+// state is what was acknowledged and the command that is under way.
+func (w *fireWriter) state() (fireState, fireOp) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.now, w.under
+}
+
+// fireUpload deploys a folder as a person does: it is packed, uploaded, unpacked.
+func fireUpload(dir string, n int) fireOp {
+	version, route := fmt.Sprintf("u%d", n), fmt.Sprintf("u%d.localhost", n)
+	return fireOp{name: "takoctl deploy", ask: func(s *takotest.Server) error {
+		_, stderr, code, err := s.Ctl(context.Background(), "deploy", dir, "--app", fireApp, "--version", version, "--route", route, "--instances", "1")
+		if err == nil && code != 0 {
+			err = fmt.Errorf("exit status %d: %s", code, stderr)
+		}
+		return err
+	}, model: func(s *fireState) {
+		s.App = &fireAppState{Version: version, Route: route, Secret: s.App.Secret, Instances: 1}
+	}}
+}
+
+// nothingHalf looks for what a cut left half done: files on their way, and
+// certificates without their key.
+func nothingHalf(t *testing.T, s *takotest.Server) {
+	t.Helper()
+	err := filepath.WalkDir(s.Data, func(path string, e fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := e.Name()
+		if strings.HasPrefix(name, ".tako-new-") || strings.HasSuffix(name, ".next") || strings.HasPrefix(name, "runtime-state.sqlite3.") {
+			t.Errorf("left over: %s", path)
+		}
+		if name == "fullchain.pem" {
+			if _, err := tls.LoadX509KeyPair(path, filepath.Join(filepath.Dir(path), "privkey.pem")); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) { // an app writes there too
+		t.Error(err)
+	}
+}
+
+// TestFireIOErrorsChangeNothing has the disk fail under a command: the file system
+// of the data root lies on a thin one that has run out, so that a write to a new
+// block, or the journal's, is an I/O error and no lack of space. The command says
+// so and has changed nothing, what ran serves on, and when the disk works again
+// the next start finds what the server said.
+func TestFireIOErrorsChangeNothing(t *testing.T) {
+	t.Parallel()
+	asRoot(t)
+	names := []string{"deploy", "update_secrets", "stop"}
+	if soaking() {
+		names = nil
+		for _, op := range fireOps(fireState{Mode: "normal", App: &fireAppState{}}, 1) {
+			names = append(names, op.name)
+		}
+	}
+	for _, first := range names {
+		t.Run(first, func(t *testing.T) {
+			thin := t.TempDir()
+			if err := syscall.Mount("tmpfs", thin, "tmpfs", 0, "size=32m"); err != nil {
+				t.Skipf("a tmpfs cannot be mounted here: %v", err)
+			}
+			t.Cleanup(func() {
+				if err := syscall.Unmount(thin, 0); err != nil {
+					t.Error(err)
+				}
+			})
+			var image string
+			s := fireServer(t, func(dir string) (err error) {
+				if image, err = fireImage(thin, 128); err != nil {
+					return err
+				}
+				return mountImage(image, dir)
+			})
+			now := fireStart(t, s)
+			now.served(t, s)
+			before := about(t, s, now.App.Route)
+			filler := fillDisk(t, thin)
+			refused := 0
+			ops := fireOps(now, 1)
+			slices.SortStableFunc(ops, func(a, b fireOp) int { return cmp.Compare(btoi(b.name == first), btoi(a.name == first)) })
+			for _, op := range ops {
+				if now.App == nil || now.Mode != "normal" {
+					break // it was done without a new block
+				}
+				var err error
+				if now, err = op.attempt(t, s, now, "while the disk fails"); err != nil {
+					refused++
+					t.Logf("%s: %v", op.name, err)
+				}
+			}
+			if refused == len(ops) {
+				if after := about(t, s, now.App.Route); after.PID != before.PID {
+					t.Errorf("pid %d serves, before %d", after.PID, before.PID)
+				}
+			}
+			if refused == 0 {
+				t.Error("nothing was refused")
+			}
+			if err := errors.Join(s.Kill(), os.Remove(filler), syscall.Unmount(s.Data, 0), mountImage(image, s.Data), s.Start()); err != nil {
+				t.Fatalf("start on the disk that works again: %v", err)
+			}
+			settle(t, s, "after a start on the disk that works again", now).served(t, s)
+			nothingHalf(t, s)
+		})
+	}
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
