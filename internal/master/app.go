@@ -95,7 +95,7 @@ func newApp(s *server, id tako.AppID) *app {
 		srv: s, id: id, layout: s.layout.App(id),
 		log:    s.log.With(logging.App, string(id)),
 		op:     make(chan struct{}, 1),
-		core:   rollout.New(jitter),
+		core:   rollout.NewFrom(s.firstInstance, jitter),
 		builds: make(map[rollout.Build]*build),
 		procs:  make(map[uint32]*process),
 		deaths: make(map[string]uint64),

@@ -370,11 +370,11 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 		Socket: s.layout.Socket, DataDir: s.layout.Data,
 		HTTPPort: s.httpPort(), HTTPSPort: s.httpsPort(),
 		NoACME: s.s.NoACME, ACMEStaging: s.s.ACMEStaging, RenewalIntervalHours: s.s.RenewalHours,
-		InstancePortOffset: s.s.InstancePortOffset,
-		UptimeSecs:         uint64(time.Since(s.startedAt) / time.Second), // not negative
-		Isolation:          isolation(s.privileged),
-		Processes:          s.processes(),
-		Reload:             s.reload.info(),
+		InstancePortOffset: s.s.InstancePortOffset, Role: management.RoleOwner, OwnerPID: os.Getpid(),
+		UptimeSecs: uint64(time.Since(s.startedAt) / time.Second), // not negative
+		Isolation:  isolation(s.privileged),
+		Processes:  s.processes(),
+		Reload:     s.reload.info(),
 		Limits: map[string]uint64{
 			"routes_per_app": route.MaxPerApp, "instances_per_app": MaxInstances,
 			"release_bytes": MaxReleaseBytes, "release_files": MaxReleaseFiles,
@@ -384,6 +384,11 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 	}
 	if s.s.ACMEEmail != "" {
 		info.ACMEEmail = &s.s.ACMEEmail
+	}
+	if pid := s.Owner(); pid != 0 {
+		info.Role, info.OwnerPID = management.RoleFollower, pid
+	} else if pid := s.second.connected(); pid != 0 {
+		info.FollowerPID = &pid
 	}
 	if lock != nil {
 		info.Upgrade = &management.UpgradeLock{
@@ -448,6 +453,10 @@ func count(n int, what string) string {
 // ensureCertificates makes the certificates that routes need and we can make,
 // and shows them to the proxies. A failure is logged: the fallback answers.
 func (s *server) ensureCertificates(routes []string) {
+	if s.follows() {
+		s.showCertificates(s.certs.Reread()) // the owner has made them
+		return
+	}
 	var hosts []string
 	for _, text := range routes {
 		if p, err := route.Parse(text); err == nil && !slices.Contains(hosts, p.Host()) {

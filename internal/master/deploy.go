@@ -364,6 +364,9 @@ func (s *server) heldRoutes() map[tako.AppID][]route.Pattern {
 
 // prepareApp gives an app its user, ports and folders.
 func (s *server) prepareApp(ctx context.Context, a *app) error {
+	if s.follows() {
+		return s.prepareBeside(ctx, a)
+	}
 	if err := os.Mkdir(a.layout.Dir, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return tako.Errorf(tako.CodeFailed, "Failed to make the app's folder: %v", err)
 	}
@@ -400,7 +403,7 @@ func (a *app) tree(ctx context.Context, b *build, installing bool) error {
 	defer cancel()
 	m, err := a.srv.agentCall(ctx, &wire.Tree{
 		App: a.id, AppDir: a.layout.Dir, RunDir: a.layout.RunDir,
-		Release: name, Installing: installing, User: a.user(),
+		Release: name, Installing: installing, User: a.user(), Beside: a.srv.follows(),
 	})
 	if err != nil {
 		said := tako.Errorf(tako.CodeFailed, "Failed to prepare the folders of '%s': %v", a.id, err)

@@ -87,7 +87,6 @@ type server struct {
 
 	builds       atomic.Uint64
 	upgrading    atomic.Bool
-	ownerPID     atomic.Int64  // of the server whose data root this is; 0 if it is ours
 	stopping     chan struct{} // closed when the server begins to stop
 	restored     chan struct{} // closed when every app has been looked at
 	reload       reloading
@@ -95,12 +94,22 @@ type server struct {
 	waiting      chan *net.UnixConn // management connections between two sessions
 	adopted      adopted
 
+	// Of two servers with one data root: see overlap.go.
+	ownerPID      atomic.Int64              // of the server whose data root this is; 0 if it is ours
+	owned         chan struct{}             // closed once it is ours
+	second        second                    // beside us, while it is ours
+	owner         atomic.Pointer[ownerLink] // while it is not
+	looking       chan struct{}             // has room for one
+	firstInstance uint32
+	movedPorts    atomic.Pointer[[]listener] // the owner's, if it has others now
+
 	agentMu    sync.Mutex
 	agent      *link         // nil while there is none
 	agentCame  chan struct{} // closed, and made anew, when there is one
 	agentReady sync.Once
 	agentUp    chan struct{}
 	proxies    proxySet
+	servesOn   chan struct{} // ends with the proxy that goes on with us after an exec back; or nil
 	proxyReady sync.Once
 	proxyUp    chan struct{}
 
@@ -132,6 +141,7 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 		hup: hup, log: log, version: version, startedAt: time.Now(),
 		stopping: make(chan struct{}), restored: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
 		waiting: make(chan *net.UnixConn, 2*management.MaxConnections),
+		owned:   make(chan struct{}), looking: make(chan struct{}, 1),
 		agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
 		apps: make(map[tako.AppID]*app), claims: make(map[tako.AppID][]route.Pattern),
 	}
@@ -205,10 +215,13 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	if st != nil {
 		mgmt, err = s.inherit(st)
 	} else {
-		mgmt, err = s.openSockets()
+		mgmt, err = s.openSockets(ctx)
 	}
 	if err != nil {
 		return nil, nil, err
+	}
+	if !s.follows() {
+		close(s.owned)
 	}
 	if err := s.openStore(ctx); err != nil {
 		return nil, nil, err
@@ -218,8 +231,12 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 			s.log.Error("close the database", logging.Err, err)
 		}
 	})
-	s.sweep()
-	if s.certs, err = cert.Open(s.layout.Certs(), time.Now, s.log.Named("cert")); err != nil {
+	openCerts := cert.OpenBeside
+	if !s.follows() {
+		s.sweep()
+		openCerts = cert.Open
+	}
+	if s.certs, err = openCerts(s.layout.Certs(), time.Now, s.log.Named("cert")); err != nil {
 		return nil, nil, err
 	}
 	if regs, err = s.recall(ctx); err != nil {
@@ -235,6 +252,9 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	s.expect(regs)
 	s.log.Info("starting", logging.Version, s.version, "data", s.layout.Data, "socket", s.layout.Socket,
 		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
+	if s.follows() {
+		s.log.Info("serving beside the owner of the data root", logging.PID, s.ownerPID.Load())
+	}
 	if !s.s.NoACME {
 		s.log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
 	}
@@ -261,7 +281,11 @@ func (s *server) openPrograms(st *state) (err error) {
 }
 
 func (s *server) openStore(ctx context.Context) (err error) {
-	db, err := store.Open(ctx, store.Options{
+	open := store.Open
+	if s.follows() {
+		open = store.Follow
+	}
+	db, err := open(ctx, store.Options{
 		Path: s.layout.Database(), BackupDir: s.layout.Backups(), ReservePath: s.layout.Reserve(),
 		Log: s.log.Named("store"), Version: s.version,
 	})
@@ -272,10 +296,15 @@ func (s *server) openStore(ctx context.Context) (err error) {
 }
 
 // openSockets takes the lock of the data root, and inherits from systemd or opens
-// the ports and the management socket.
-func (s *server) openSockets() (*net.UnixListener, error) {
+// the ports and the management socket. With an offset of the instances' ports it
+// may be the second server of the data root.
+func (s *server) openSockets(ctx context.Context) (*net.UnixListener, error) {
 	var err error
-	if s.lock, err = lockRoot(s.layout.Lock()); err != nil {
+	s.lock, err = lockRoot(s.layout.Lock())
+	if err != nil && tako.AsError(err).Code == tako.CodeConflict && s.s.InstancePortOffset != 0 {
+		return s.openBeside(ctx, err)
+	}
+	if err != nil {
 		return nil, err
 	}
 	s.undo = append(s.undo, func() { _ = s.lock.Close() })
@@ -349,14 +378,19 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		return s.goBack(st, err)
 	}
 	defer s.hangUp()
-	if err := s.takeConns(st); err != nil { // there is no way back any more
+	if err := s.noWayBack(st); err != nil {
 		s.log.Warn("a management connection is lost", logging.Err, err)
 	}
 	reaping, endReaping := context.WithCancel(context.WithoutCancel(ctx))
 	defer endReaping()
 	go supervise.Reap(reaping) // after the children that we know are known to it
 	agents.Go(func() { s.keep(running, wire.Agent, firstAgent, s.runAgent) })
-	proxies.Go(func() { s.keep(proxying, wire.Proxy, firstProxy, s.runProxy) })
+	proxies.Go(func() {
+		if st == nil {
+			s.warm(proxying)
+		}
+		s.keep(proxying, wire.Proxy, firstProxy, s.runProxy)
+	})
 	rest.Go(func() {
 		defer close(s.restored)
 		select {
@@ -398,6 +432,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	if !within(StopCommands, &commands) {
 		s.log.Warn("commands are cut off", "after", StopCommands.String())
 	}
+	s.passLink()
 	// In order: the proxies finish what they accepted, then the instances end.
 	endProxies()
 	if !within(StopRequests+5*time.Second, &proxies) {
@@ -412,6 +447,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	rest.Wait()
 	s.endOrphans(nil) // an agent may have died over it
 	s.groups.remove()
+	s.removeApart()
 	for _, a := range s.allApps() {
 		a.timer.Stop()
 	}
@@ -434,7 +470,7 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 				}
 				s.leave(c)
 			},
-			Listener: mgmt, Backend: s, Log: s.log.Named("management"),
+			Listener: mgmt, Backend: announcer{s}, Log: s.log.Named("management"),
 			OwnUID: uint32(os.Geteuid()), SocketGID: s.socketGID, Version: s.version, // an id
 			// What outlasts ReloadWait refuses the reload, and is not cut by it.
 			Limits: management.Limits{DrainTimeout: UploadTime},
@@ -445,7 +481,8 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer idle()
-	background.Go(func() { s.db.BackupLoop(working) })
+	background.Go(func() { s.backups(working) })
+	background.Go(func() { s.overlap(working) })
 	background.Go(func() { s.renewals(working) })
 	for {
 		select {
@@ -562,12 +599,27 @@ func (s *server) sweep() {
 // rollout the database says whether it happened.
 func (s *server) recall(ctx context.Context) ([]store.App, error) {
 	regs, err := s.db.Apps(ctx)
+	if err == nil && !s.follows() {
+		err = s.settleCrashed(ctx, regs)
+	}
 	if err != nil {
 		return nil, err
 	}
+	// Routes first: from here on a proxy that starts knows them all.
+	for _, reg := range regs {
+		a := s.app(reg.ID)
+		a.mu.Lock()
+		a.reg = reg
+		a.mu.Unlock()
+	}
+	return regs, nil
+}
+
+// settleCrashed settles what the last owner of the data root left half done.
+func (s *server) settleCrashed(ctx context.Context, regs []store.App) error {
 	pending, err := s.db.Pending(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, p := range pending {
 		s.log.Warn("a deploy was cut off by the end of the server: undone", logging.App, string(p.App), logging.Release, string(p.Release))
@@ -586,20 +638,13 @@ func (s *server) recall(ctx context.Context) ([]store.App, error) {
 	s.forgetDeleted(regs)
 	mode, lock, err := s.db.Mode(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if mode == tako.ModeUpgrading && lock != nil {
 		s.upgrading.Store(true)
 		s.log.Warn("the server is upgrading: mutating commands are refused", "owner", lock.Owner, "since", lock.AcquiredAt)
 	}
-	// Routes first: from here on a proxy that starts knows them all.
-	for _, reg := range regs {
-		a := s.app(reg.ID)
-		a.mu.Lock()
-		a.reg = reg
-		a.mu.Unlock()
-	}
-	return regs, nil
+	return nil
 }
 
 // forgetDeleted removes the secrets of apps that were deleted while the server
@@ -687,7 +732,7 @@ func (a *app) restore(ctx context.Context, reg store.App) error {
 	if err := a.tree(ctx, nil, false); err != nil {
 		return err
 	}
-	secrets, err := release.ReadSecrets(a.layout.Secrets())
+	secrets, err := a.committedSecrets(ctx, reg)
 	if err != nil {
 		return err
 	}
@@ -714,10 +759,18 @@ func (s *server) renewals(ctx context.Context) {
 			s.log.Info("certificate renewed", "certificate", c.ID)
 			s.proxies.send(certMessage(c))
 		}
+		if s.follows() {
+			s.showCertificates(s.certs.Reread())
+		}
 		select {
 		case <-certs.C:
 		case <-tickets.C:
-			s.proxies.send(&wire.TicketKeys{Keys: s.tickets.rotate()})
+			if s.follows() {
+				continue // the owner's come when it changes them
+			}
+			keys := s.tickets.rotate()
+			s.proxies.send(&wire.TicketKeys{Keys: keys})
+			s.shareTickets(keys)
 		case <-ctx.Done():
 			return
 		}

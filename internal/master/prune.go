@@ -25,8 +25,13 @@ func prunable(stored []release.Stored, inUse map[tako.ReleaseID]bool, keep, days
 	return old
 }
 
-// prune removes an app's old releases from the disk. The caller holds a.op.
+// prune removes an app's old releases from the disk, unless a second server is
+// there. The caller holds a.op.
 func (a *app) prune() {
+	if pid := a.srv.second.connected(); pid != 0 {
+		a.log.Debug("old releases stay while a second server may run them", logging.PID, pid)
+		return
+	}
 	reg := a.registration()
 	stored, err := release.List(a.layout, reg.Release, "")
 	if err != nil {

@@ -77,6 +77,11 @@ type state struct {
 	Tickets   [][]byte         `json:"tickets"`
 	Builds    uint64           `json:"builds"`
 
+	// Of a second server of the data root: see overlap.go.
+	Following     int    `json:"following"` // the owner's pid; 0 once it is ours
+	Second        bool   `json:"second"`    // it was started as one
+	FirstInstance uint32 `json:"first_instance"`
+
 	Agent   *handedLink  `json:"agent"`
 	Proxies []handedLink `json:"proxies"` // the serving one last
 	Apps    []handedApp  `json:"apps"`
@@ -261,6 +266,11 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 	if said.Protocol != wire.ProtocolVersion || said.Schema < stateSchema || said.Schema > stateSchema+1 {
 		return 0, fmt.Errorf("the installed version %s speaks another protocol (%d, state %d): restart the server to change to it", said.Version, said.Protocol, said.Schema)
 	}
+	if ours, err := store.Schema(); err != nil {
+		return 0, err
+	} else if s.follows() && said.Database != 0 && said.Database != ours {
+		return 0, fmt.Errorf("the installed version %s has schema %d of the database and its owner, pid %d, has %d: reload that server first", said.Version, said.Database, s.Owner(), ours)
+	}
 	return ipc.FD(fd), nil
 }
 
@@ -291,6 +301,7 @@ type preflightReply struct {
 	Schema   int    `json:"schema"`
 	Socket   string `json:"socket"`
 	Data     string `json:"data"`
+	Database int    `json:"database"` // the schema that it has
 }
 
 // Preflight is the new program's side of the check before a reload: db is a copy
@@ -321,7 +332,11 @@ func Preflight(ctx context.Context, c Config, version, db string) (reply string,
 	if err := d.Close(); err != nil {
 		return "", err
 	}
-	b, err := json.Marshal(preflightReply{Version: version, Protocol: wire.ProtocolVersion, Schema: stateSchema, Socket: set.layout.Socket, Data: set.layout.Data})
+	schema, err := store.Schema()
+	if err != nil {
+		return "", err
+	}
+	b, err := json.Marshal(preflightReply{Database: schema, Version: version, Protocol: wire.ProtocolVersion, Schema: stateSchema, Socket: set.layout.Socket, Data: set.layout.Data})
 	return string(b), err
 }
 
@@ -375,7 +390,8 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 		st.MgmtConns = append(st.MgmtConns, fd)
 	}
 	st.AgentProgram, st.ProxyProgram = s.agentProgram.fd, s.proxyProgram.fd
-	for _, l := range s.listeners {
+	st.Following, st.Second, st.FirstInstance = s.Owner(), s.layout.Second != 0, s.firstInstance
+	for _, l := range s.portsToHand() {
 		st.Listeners = append(st.Listeners, handedListener{Name: l.name, FD: l.fd})
 	}
 
@@ -633,6 +649,9 @@ func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st 
 		}
 		s.proxies.add(l)
 		proxies.Go(func() { s.goOnWithProxy(ctx, l) })
+		if st.Back != "" && !l.draining.Load() {
+			s.servesOn = l.ended
+		}
 		proxy = max(proxy, h.Generation+1)
 	}
 	return agent, proxy, nil
@@ -692,7 +711,14 @@ func (s *server) inherit(st *state) (*net.UnixListener, error) {
 		}
 		s.listeners = append(s.listeners, listener{name: h.Name, fd: h.FD, addr: addr})
 	}
-	if !s.activated {
+	if st.Second {
+		s.layout.Second, s.firstInstance = os.Getpid(), st.FirstInstance
+		if err := makeOwn(s.layout.Instances(), 0o711); err != nil {
+			return nil, err
+		}
+	}
+	s.ownerPID.Store(int64(st.Following))
+	if !s.activated && !s.follows() {
 		if err := s.changePorts(); err != nil {
 			return nil, err
 		}
@@ -712,8 +738,9 @@ func (s *server) inherit(st *state) (*net.UnixListener, error) {
 	return mgmt, nil
 }
 
-// takeConns goes on with the management connections of the image before ours.
-func (s *server) takeConns(st *state) (err error) {
+// noWayBack goes on with the management connections of the image before ours, and
+// gives up what that one would have needed to go on itself.
+func (s *server) noWayBack(st *state) (err error) {
 	if st == nil {
 		return nil
 	}
@@ -724,6 +751,12 @@ func (s *server) takeConns(st *state) (err error) {
 			s.leave(uc)
 		}
 		err = errors.Join(err, e, f.Close())
+	}
+	st.Program.Close()
+	st.Mgmt.Close() // we have a duplicate
+	if st.Back == "" {
+		st.AgentProgram.Close()
+		st.ProxyProgram.Close()
 	}
 	return err
 }

@@ -95,6 +95,13 @@ func (t *ticketKeys) rotate() [][]byte {
 	return t.current()
 }
 
+// set takes the keys of another server.
+func (t *ticketKeys) set(keys [][]byte) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.keys = keys[:min(len(keys), wire.MaxTicketKeys)]
+}
+
 func newTicketKey() []byte {
 	key := make([]byte, 32)
 	_, _ = rand.Read(key) // never fails: crypto/rand ends the program instead

@@ -140,7 +140,8 @@ func chownLine(dir string) string {
 }
 
 // lockRoot makes us the one owner of the data root. The lock is held as long as
-// the returned file is open, also over an exec that keeps its descriptor.
+// the returned file is open, also over an exec that keeps its descriptor. While
+// another server is that, the error is CodeConflict.
 func lockRoot(path string) (*os.File, error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW, 0o600)
 	if err != nil {
@@ -151,7 +152,7 @@ func lockRoot(path string) (*os.File, error) {
 		n, _ := f.ReadAt(pid, 0)
 		_ = f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, tako.Errorf(tako.CodeConflict, "the data root %s is in use by tako-master with pid %s: stop that one, or choose another --data-dir",
+			return nil, tako.Errorf(tako.CodeConflict, "the data root %s is in use by tako-master with pid %s: stop that one, choose another --data-dir, or serve beside it with --instance-port-offset",
 				filepath.Dir(path), strings.TrimSpace(string(pid[:n])))
 		}
 		return nil, fmt.Errorf("lock the data root: %w", err)

@@ -85,7 +85,12 @@ func (l Layout) Instances() string {
 
 // Profiles is the socket on which tako-proxy answers with profiles of itself, if
 // it is to.
-func (l Layout) Profiles() string { return filepath.Join(l.Run, "pprof.sock") }
+func (l Layout) Profiles() string {
+	if l.Second != 0 {
+		return filepath.Join(l.Run, "pprof-"+strconv.Itoa(l.Second)+".sock")
+	}
+	return filepath.Join(l.Run, "pprof.sock")
+}
 
 // PIDSocket is the management socket of one process, beside the stable path,
 // which is a link to it.

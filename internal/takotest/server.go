@@ -3,6 +3,7 @@ package takotest
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -43,6 +45,10 @@ type Options struct {
 	// Data is the data root; "" is a folder of the server's own. Close leaves
 	// what it does not own.
 	Data string
+	// Beside makes it the second server of this one: of the same data root, ports
+	// and socket. What it is asked goes to a socket of its own. Both may then stop
+	// while instances in their data root run on, which are the other's.
+	Beside *Server
 }
 
 // Server is a tako-master with its children. Its methods may be called from any
@@ -59,6 +65,9 @@ type Server struct {
 
 	cmd  *exec.Cmd
 	done chan struct{} // closed when cmd has ended
+
+	link   string // --socket, if it is not Socket
+	paired bool   // with another server of the data root
 }
 
 // New makes the folders of a server and chooses its ports; it starts nothing.
@@ -93,6 +102,13 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Data != "" {
 		s.Data = o.Data
+	}
+	if first := o.Beside; first != nil {
+		s.Data, s.HTTP, s.HTTPS = first.Data, first.HTTP, first.HTTPS
+		s.link, s.paired, first.paired = first.link, true, true
+		if s.link == "" {
+			s.link = first.Socket
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, os.RemoveAll(dir))
@@ -156,7 +172,7 @@ func (s *Server) Launch() error {
 		return errors.New("the server runs already")
 	}
 	s.cmd = exec.Command(s.Program("tako-master"), append([]string{
-		"--socket", s.Socket, "--data-dir", s.Data, "--port", strconv.Itoa(s.HTTP), "--tls-port", strconv.Itoa(s.HTTPS),
+		"--socket", cmp.Or(s.link, s.Socket), "--data-dir", s.Data, "--port", strconv.Itoa(s.HTTP), "--tls-port", strconv.Itoa(s.HTTPS),
 		"--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug",
 	}, s.options.Flags...)...)
 	s.cmd.Env = append(os.Environ(), s.options.Env...)
@@ -173,6 +189,9 @@ func (s *Server) Launch() error {
 	if err := s.cmd.Start(); err != nil {
 		s.cmd = nil
 		return err
+	}
+	if s.link != "" {
+		s.Socket = filepath.Join(filepath.Dir(s.link), fmt.Sprintf("tako-%d.sock", s.cmd.Process.Pid))
 	}
 	go func(cmd *exec.Cmd, done chan struct{}) {
 		cmd.Wait() // Exit and Stop read the state
@@ -258,6 +277,9 @@ func (s *Server) gone() error {
 	deadline := time.Now().Add(StopWait)
 	for {
 		left := s.Processes()
+		if s.paired {
+			left = slices.DeleteFunc(left, func(p Process) bool { return !strings.HasPrefix(p.program(), filepath.Join(s.Dir, "bin")+"/") })
+		}
 		if len(left) == 0 {
 			return nil
 		}
@@ -386,6 +408,12 @@ func belongs(pid int, dir string) (command string, ok bool) {
 		}
 	}
 	return command, strings.Contains(command, dir+"/")
+}
+
+// program is the path of its program, "" if that cannot be known.
+func (p Process) program() string {
+	path, _ := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.PID))
+	return path
 }
 
 func (p Process) kill() error { return p.signal(os.Kill) }
