@@ -141,6 +141,14 @@ func newProxyLink(l *link) *proxyLink {
 
 // runProxy runs one proxy to its end.
 func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Time, err error) {
+	if s.servesOn != nil {
+		select {
+		case <-s.servesOn:
+			s.servesOn = nil
+		case <-ctx.Done():
+			return ready, errNoServer
+		}
+	}
 	raw, err := s.startLink(s.proxyProgram, wire.LinkProxy, generation, s.proxyIdentity())
 	if err != nil {
 		s.waitForOld(ctx, generation, err)
