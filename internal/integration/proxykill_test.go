@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"testing"
 	"time"
@@ -12,52 +13,93 @@ import (
 // wait in the listening sockets, which the master keeps, for the next one.
 func TestAKilledProxyCostsOnlyWhatItHeld(t *testing.T) {
 	t.Parallel()
-	kills, clients := 3, 16
-	if soaking() {
-		kills, clients = 10, 64
-	}
-	s := start(t, takotest.Options{})
-	deploy(t, s, "blog", "1", quick(nil))
+	kills := long(10, 3)
+	load := tortured()
+	load.Once = false // a connection that was kept ends, and that is no loss
+	s, l := blogUnder(t, load)
 	before := instancePIDs(t, s, "blog")
-	l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: clients, Pause: 5 * time.Millisecond})
-	defer l.Stop()
-	for range kills {
-		killed := 0
-		until(t, 10*time.Second, "a ready proxy", func() bool {
-			info, ok := reloadInfo(s)
-			if !ok {
-				return false
-			}
-			for _, p := range info.Processes {
-				if p.Role == "tako-proxy" && p.State == "ready" {
-					killed = p.PID
-				}
-			}
-			return killed != 0
-		})
-		if err := s.Signal(killed, os.Kill); err != nil {
+	var worst time.Duration
+	inFlight, proxy := 0, serving(t, s, "tako-proxy", 0)
+	for i := range kills {
+		inFlight += l.Mark()
+		if err := s.Signal(proxy, os.Kill); err != nil {
 			t.Fatal(err)
 		}
-		until(t, 10*time.Second, "another proxy", func() bool {
-			info, ok := reloadInfo(s)
-			if !ok {
-				return false
+		gone(t, proxy)
+		dead := time.Now()
+		proxy = serving(t, s, "tako-proxy", proxy)
+		until(t, 10*time.Second, "an answer", func() bool { return l.Report().Back > 0 })
+		r := l.Report()
+		worst = max(worst, r.Back)
+		for _, m := range r.Misses {
+			if m.Began.After(dead) {
+				t.Errorf("kill %d: a request that began %s after the death failed: %v", i+1, m.Began.Sub(dead), m)
 			}
-			for _, p := range info.Processes {
-				if p.Role == "tako-proxy" && p.State == "ready" && p.PID != killed {
-					return true
-				}
-			}
-			return false
-		})
+		}
 		time.Sleep(200 * time.Millisecond) // some load on it
 	}
 	r := l.Stop()
-	t.Logf("%d kills of tako-proxy under %d clients: %v", kills, clients, r)
-	if r.Failures > kills*clients {
-		t.Errorf("%d requests failed, at most %d were in flight in the killed proxies", r.Failures, kills*clients)
+	row(t, fmt.Sprintf("%d × kill -9 tako-proxy", kills), r.Requests, r.Failures,
+		fmt.Sprintf("%d were in flight; the first answer at most %s after a kill", inFlight, worst.Round(time.Millisecond)))
+	if r.Failures > kills*load.Clients {
+		t.Errorf("%d requests failed, at most %d were in flight in the killed proxies", r.Failures, kills*load.Clients)
 	}
-	if now := instancePIDs(t, s, "blog"); len(now) != 1 || now[0] != before[0] {
+	if soaking() && worst > 100*time.Millisecond {
+		t.Errorf("the first answer came %s after a kill, later than 100 ms", worst)
+	}
+	if now := instancePIDs(t, s, "blog"); len(now) != 2 || now[0] != before[0] {
 		t.Errorf("instances %v, before %v", now, before)
+	}
+}
+
+// TestAKilledAgentCostsNoRequest: instances and traffic go on without it, and the
+// next one adopts them.
+func TestAKilledAgentCostsNoRequest(t *testing.T) {
+	t.Parallel()
+	kills := long(10, 3)
+	s, l := blogUnder(t, tortured())
+	before := instancePIDs(t, s, "blog")
+	var worst time.Duration
+	agent := serving(t, s, "tako-agent", 0)
+	for range kills {
+		began := time.Now()
+		if err := s.Signal(agent, os.Kill); err != nil {
+			t.Fatal(err)
+		}
+		agent = serving(t, s, "tako-agent", agent)
+		worst = max(worst, time.Since(began))
+		time.Sleep(200 * time.Millisecond) // some load
+	}
+	noFailures(t, fmt.Sprintf("%d × kill -9 tako-agent", kills), l, fmt.Sprintf("the next one was ready at most %s after a kill", worst.Round(time.Millisecond)))
+	if now := instancePIDs(t, s, "blog"); len(now) != 2 || now[0] != before[0] || now[1] != before[1] {
+		t.Errorf("instances %v, before %v", now, before)
+	}
+	// It watches what it adopted, and starts others.
+	if err := s.KillProcess(before[0]); err != nil {
+		t.Fatal(err)
+	}
+	until(t, 15*time.Second, "a replacement", func() bool {
+		now := instancePIDs(t, s, "blog")
+		return len(now) == 2 && now[0] != before[0] && now[1] != before[0]
+	})
+}
+
+// TestAReloadRightAfterAProxyDied finds one that is not configured yet.
+func TestAReloadRightAfterAProxyDied(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{})
+	deploy(t, s, "blog", "1", quick(nil))
+	proxy := serving(t, s, "tako-proxy", 0)
+	for i := range long(15, 4) {
+		if err := s.Signal(proxy, os.Kill); err != nil {
+			t.Fatal(err)
+		}
+		// At another moment of its successor's birth each time.
+		time.Sleep(time.Duration(i) * 4 * time.Millisecond)
+		good(t, s, fmt.Sprintf("reload %d, right after a kill", i+1))
+		if a := about(t, s, "blog.localhost"); a.PID == 0 {
+			t.Errorf("reload %d: no answer", i+1)
+		}
+		proxy = children(settled(t, s), "tako-proxy", "")[0].PID
 	}
 }

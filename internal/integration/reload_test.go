@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +27,11 @@ func reloadInfo(s *takotest.Server) (info management.ServerInfo, ok bool) {
 // reload has the server reload by SIGHUP and waits for the outcome.
 func reload(t *testing.T, s *takotest.Server) management.ReloadInfo {
 	t.Helper()
+	return reloadWithin(t, s, 30*time.Second)
+}
+
+func reloadWithin(t *testing.T, s *takotest.Server, limit time.Duration) management.ReloadInfo {
+	t.Helper()
 	before, ok := reloadInfo(s)
 	for end := time.Now().Add(10 * time.Second); !ok; before, ok = reloadInfo(s) { // between two images
 		if time.Now().After(end) {
@@ -36,7 +42,7 @@ func reload(t *testing.T, s *takotest.Server) management.ReloadInfo {
 	for s.Signal(s.PID(), syscall.SIGHUP) != nil { // in the middle of an exec
 		time.Sleep(time.Millisecond)
 	}
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(limit); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		now, ok := reloadInfo(s)
 		if ok && !now.Reload.Running && now.Reload.Count+now.Reload.Failed > before.Reload.Count+before.Reload.Failed {
 			return *now.Reload
@@ -46,64 +52,12 @@ func reload(t *testing.T, s *takotest.Server) management.ReloadInfo {
 	return management.ReloadInfo{}
 }
 
-// TestNoRequestFailsInAReload reloads under a steady load, of new connections and
-// kept ones, with TLS and without. Instances are not touched.
-func TestNoRequestFailsInAReload(t *testing.T) {
-	t.Parallel()
-	reloads, load := 5, takotest.LoadOptions{Clients: 16, Pause: 5 * time.Millisecond}
-	if soaking() {
-		reloads, load = 50, takotest.LoadOptions{Clients: 64, Pause: 10 * time.Millisecond}
-	}
-	s := start(t, takotest.Options{})
-	lay(t, s, "blog", "1", quick(nil))
-	if _, err := ask(s, "blog", "1", map[string]any{"instances": 2}); err != nil {
-		t.Fatal(err)
-	}
-	before, _ := reloadInfo(s)
-	pids := instancePIDs(t, s, "blog")
-	l := s.Load(t.Context(), "blog.localhost/", load)
-	defer l.Stop()
-	for i := range reloads {
-		if r := reload(t, s); r.LastError != "" {
-			t.Fatalf("reload %d: %s", i+1, r.LastError)
-		}
-		time.Sleep(100 * time.Millisecond) // some load between two
-	}
-	r := l.Stop()
-	t.Logf("%d reloads under %d clients: %v", reloads, load.Clients, r)
-	if r.Failures > 0 {
-		t.Errorf("%d of %d requests failed", r.Failures, r.Requests)
-	}
-	after, ok := reloadInfo(s)
-	if !ok || after.PID != before.PID || after.Reload.Count != uint64(reloads) {
-		t.Errorf("pid %d and %d reloads, want %d and %d", after.PID, after.Reload.Count, before.PID, reloads)
-	}
-	for i, p := range after.Processes {
-		if p.Role != "tako-master" && (p.PID == before.Processes[i].PID || p.Generation < uint64(reloads)) {
-			t.Errorf("%s is of the old image: pid %d, generation %d", p.Role, p.PID, p.Generation)
-		}
-	}
-	if now := instancePIDs(t, s, "blog"); len(now) != 2 || now[0] != pids[0] || now[1] != pids[1] {
-		t.Errorf("instances %v, before %v", now, pids)
-	}
-	// The next deploy, crash and stop find a server like any other.
-	lay(t, s, "blog", "2", quick(nil))
-	if _, err := ask(s, "blog", "2", nil); err != nil {
-		t.Errorf("deploy after the reloads: %v", err)
-	}
-}
-
 // TestSignalStormIsSurvived: SIGHUP at any moment, also within an exec.
 func TestSignalStormIsSurvived(t *testing.T) {
 	t.Parallel()
-	signals := 60
-	if soaking() {
-		signals = 720
-	}
-	s := start(t, takotest.Options{})
-	deploy(t, s, "blog", "1", quick(nil))
-	l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 8, Pause: 10 * time.Millisecond})
-	defer l.Stop()
+	signals := long(720, 60)
+	s, l := blogUnder(t, tortured())
+	before := known(t, s)
 	for sent := 0; sent < signals; {
 		// In the middle of an exec it cannot be told for sure that it is ours.
 		if err := s.Signal(s.PID(), syscall.SIGHUP); err == nil {
@@ -111,28 +65,15 @@ func TestSignalStormIsSurvived(t *testing.T) {
 		}
 		time.Sleep(7 * time.Millisecond)
 	}
-	last := reload(t, s)
-	if last.LastError != "" {
-		t.Error(last.LastError)
+	good(t, s, "one more")
+	after := settled(t, s)
+	noFailures(t, fmt.Sprintf("%d SIGHUPs in a storm", signals), l, fmt.Sprintf("%d reloads, one tree afterwards", after.Reload.Count))
+	if after.PID != before.PID || after.Reload.Failed > 0 {
+		t.Errorf("pid %d, before %d; %d reloads failed: %s", after.PID, before.PID, after.Reload.Failed, after.Reload.LastError)
 	}
-	if r := l.Stop(); r.Failures > 0 {
-		t.Errorf("%d of %d requests failed: %v", r.Failures, r.Requests, r)
-	}
-	for end := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		proxies := 0
-		if info, ok := reloadInfo(s); ok {
-			for _, p := range info.Processes {
-				if p.Role == "tako-proxy" {
-					proxies++
-				}
-			}
-		}
-		if proxies == 1 {
-			break
-		}
-		if time.Now().After(end) {
-			t.Fatalf("%d proxies are left", proxies)
-		}
+	// One of each, and the three instances.
+	if left := s.Processes(); len(left) != 6 {
+		t.Errorf("processes: %v", left)
 	}
 }
 
@@ -221,34 +162,44 @@ func TestReloadThatWouldNotWorkIsRefused(t *testing.T) {
 	}
 }
 
-// TestNewProxyThatFailsLeavesTheOldOneServing: it crashes before it is ready.
+// TestNewProxyThatFailsLeavesTheOldOneServing: it crashes, hangs, or speaks another
+// protocol.
 func TestNewProxyThatFailsLeavesTheOldOneServing(t *testing.T) {
 	t.Parallel()
-	s := start(t, takotest.Options{})
-	deploy(t, s, "blog", "1", quick(nil))
-	l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 8, Pause: 10 * time.Millisecond})
-	defer l.Stop()
-	good := filepath.Join(t.TempDir(), "good")
-	if err := os.Link(s.Program("tako-proxy"), good); err != nil {
+	s, l := blogUnder(t, tortured())
+	keep := filepath.Join(t.TempDir(), "good")
+	if err := os.Link(s.Program("tako-proxy"), keep); err != nil {
 		t.Fatal(err)
 	}
-	bodies := []string{"os.Exit(1)"}
-	if soaking() {
-		bodies = append(bodies, "time.Sleep(time.Hour)")
+	stranger := filepath.Join(t.TempDir(), "stranger")
+	if err := takotest.BuildTestdata("stranger", stranger); err != nil {
+		t.Fatal(err)
 	}
-	for _, body := range bodies {
-		install(t, s, "tako-proxy", impostor(t, body))
-		if r := reload(t, s); !strings.Contains(r.LastError, "the old one serves on") {
-			t.Errorf("reload with a proxy that does %s: %+v", body, r)
+	old := serving(t, s, "tako-proxy", 0)
+	for _, c := range []struct{ does, program, says string }{
+		{"crashes", impostor(t, "os.Exit(1)"), "the old one serves on"},
+		{"refuses to speak with us", stranger, "it speaks protocol"},
+		{"hangs", impostor(t, "time.Sleep(time.Hour)"), "no greeting within 10s"},
+	} {
+		if c.does == "hangs" && !soaking() {
+			continue // it takes ReadyTimeout
 		}
+		install(t, s, "tako-proxy", c.program)
+		if r := reload(t, s); !strings.Contains(r.LastError, "the old one serves on") || !strings.Contains(r.LastError, c.says) {
+			t.Errorf("reload with a proxy that %s: %+v", c.does, r)
+		}
+		if now := serving(t, s, "tako-proxy", 0); now != old {
+			t.Errorf("after a proxy that %s another one serves", c.does)
+		}
+		r := l.Report()
+		row(t, "reload with a new proxy that "+c.does, r.Requests, r.Failures, "reported failed, the old one serves on")
 	}
-	install(t, s, "tako-proxy", good)
-	if r := reload(t, s); r.LastError != "" {
-		t.Errorf("reload with the good proxy: %+v", r)
+	install(t, s, "tako-proxy", keep)
+	good(t, s, "reload with the good proxy")
+	if now := serving(t, s, "tako-proxy", old); now == old {
+		t.Error("the old proxy was not replaced in the end")
 	}
-	if r := l.Stop(); r.Failures > 0 {
-		t.Errorf("%d of %d requests failed: %v", r.Failures, r.Requests, r)
-	}
+	noFailures(t, "… and then with a good one", l, "")
 }
 
 // TestReloadReadsTheSettingsAnew: ports too.

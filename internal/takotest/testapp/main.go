@@ -142,6 +142,7 @@ func (a *app) routes() http.Handler {
 	mux.HandleFunc("/bytes", size)
 	mux.HandleFunc("/eat", eat)
 	mux.HandleFunc("/echo", echo)
+	mux.HandleFunc("/count", count)
 	mux.HandleFunc("/stream", stream)
 	mux.HandleFunc("/upgrade", upgrade)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -232,6 +233,16 @@ func echo(w http.ResponseWriter, r *http.Request) {
 	http.NewResponseController(w).EnableFullDuplex()
 	w.Header().Set("Content-Type", r.Header.Get("Content-Type"))
 	io.Copy(flusher{w}, r.Body)
+}
+
+// count reads the body and answers with its length.
+func count(w http.ResponseWriter, r *http.Request) {
+	n, err := io.Copy(io.Discard, r.Body)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	fmt.Fprintln(w, n)
 }
 
 type flusher struct{ http.ResponseWriter }
