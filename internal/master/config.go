@@ -51,6 +51,7 @@ type Config struct {
 
 	LogLevel  string
 	LogFormat string
+	PProf     bool
 
 	Check     bool
 	Preflight string // for a reload: check against this copy of the database
@@ -107,6 +108,7 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.LibexecDir, "libexec-dir", "", "folder of tako-proxy and tako-agent (default: that of tako-master)")
 	f.StringVar(&c.LogLevel, "log-level", "info", "trace, debug, info, warn or error")
 	f.StringVar(&c.LogFormat, "log-format", "text", "text or json")
+	f.BoolVar(&c.PProf, "pprof", false, "let the server's user take profiles of tako-proxy, from pprof.sock in the run directory")
 	f.BoolVar(&c.Check, "check", false, "check flags and settings, then exit")
 	f.BoolVar(&c.Version, "version", false, "print the version, then exit")
 	f.StringVar(&c.Preflight, "preflight", "", "check what a reload would find, with this copy of the database")

@@ -247,6 +247,11 @@ func (s *server) configureProxy(l *proxyLink) error {
 	if err := l.conn.Send(0, &wire.Listeners{Names: names}, fds...); err != nil {
 		return err
 	}
+	if s.s.PProf {
+		if err := s.giveProfiling(l); err != nil {
+			return err
+		}
+	}
 	signer, theirs, err := ipc.Pair()
 	if err != nil {
 		return err

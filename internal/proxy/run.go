@@ -202,6 +202,12 @@ func (p *process) handle(m *wire.Message) error {
 		return p.signer.open(take(m))
 	case *wire.Dialer:
 		return p.dialer.open(take(m))
+	case *wire.Profiling:
+		l, err := listenerOf("profiles", take(m))
+		if err == nil {
+			p.beside.Go(func() { serveProfiles(l, p.drained, p.log) })
+		}
+		return err
 	case *wire.ProxySettings:
 		return p.settings(b)
 	case *wire.TicketKeys:

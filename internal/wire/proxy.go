@@ -10,6 +10,7 @@ import (
 //	  | ---- Hello ----------------------------------->   |  Starting
 //	  | <--- Hello ------------------------------------   |  Configuring
 //	  | ---- Listeners (n FDs), Signer, Dialer -------->  |  the first once
+//	  | ---- Profiling (1 FD), if asked for ----------->  |
 //	  | ---- ProxySettings, TicketKeys ---------------->  |  may come again while it serves
 //	  | ---- Certificate*, App* ----------------------->  |
 //	  | ---- Serve ------------------------------------>  |
