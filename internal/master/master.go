@@ -202,6 +202,14 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	if err := makeTree(s.layout); err != nil {
 		return nil, nil, err
 	}
+	if err := removeProfiles(s.layout.Profiles()); err != nil { // each proxy gets one of its own
+		return nil, nil, err
+	}
+	s.undo = append(s.undo, func() {
+		if err := removeProfiles(s.layout.Profiles()); err != nil {
+			s.log.Warn("profiling socket not taken away", logging.Err, err)
+		}
+	})
 	s.groups = s.makeGroups()
 	if st == nil { // else the image before ours may have to go on with them
 		s.undo = append(s.undo, s.groups.remove)
