@@ -237,3 +237,11 @@ func (c *ChunkReader) trail(b byte) error {
 	c.state = chunksDone
 	return nil
 }
+
+// Left returns how many bytes of data come next without anything between them.
+func (c *ChunkReader) Left() int64 {
+	if c.state != inData {
+		return 0
+	}
+	return c.left
+}

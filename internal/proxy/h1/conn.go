@@ -1,0 +1,549 @@
+package h1
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"tako/internal/proxy/message"
+)
+
+// conn is one connection with a client, served by one goroutine. It is itself
+// the exchange of each of its requests in turn; what only an exchange needs is
+// in x, what only a message needs in in, and a connection that waits has neither.
+type conn struct {
+	srv    *Server
+	client *message.Client
+	nc     net.Conn        // what is read and written
+	sock   net.Conn        // nc, or what is beneath TLS
+	tcp    *net.TCPConn    // nc, if it is one
+	raw    syscall.RawConn // of sock; nil if it has none
+	plain  bool            // nc is sock and has raw
+
+	phase phaseSince
+
+	// What has come and is not used yet is in.B[r:w]. Of the goroutine that reads:
+	// the own one, or that of ReadBody during an exchange.
+	in   *Buffer
+	r, w int
+	x    *exchange
+
+	waitFn  func(uintptr) bool // reads into a new in
+	waitErr error
+	one     [1]byte // of wait
+
+	// What the sweeps look at.
+	writing     atomic.Int64 // the clock at the beginning of the write under way, 0 for none
+	splicing    atomic.Bool  // that write waits for its source, too
+	reading     atomic.Int64 // the same of a read of a body
+	bodyWaited  atomic.Int64 // nanoseconds that such reads have taken, up to the last
+	bodyBytes   atomic.Int64 // what they brought
+	late        atomic.Bool  // the body's time is over
+	stopped     atomic.Bool  // nobody wants the rest of it
+	interrupted atomic.Bool
+	lasts       atomic.Bool
+
+	mu      sync.Mutex      // held while a watcher is told
+	watcher message.Watcher // guarded by mu
+	watch   uint32          // guarded by mu: counts exchanges
+	gone    bool            // guarded by mu: during an exchange
+	finAt   int64           // of the sweeps: the clock when the client's half was seen to be over, 0 if it is not
+	sending sync.Mutex      // held while a 100 is sent, or made impossible
+}
+
+func newConn(s *Server, nc net.Conn, client *message.Client) *conn {
+	c := &conn{srv: s, client: client, nc: nc, sock: nc}
+	for {
+		under, ok := c.sock.(interface{ NetConn() net.Conn })
+		if !ok {
+			break
+		}
+		c.sock = under.NetConn()
+	}
+	if sc, ok := c.sock.(syscall.Conn); ok {
+		c.raw, _ = sc.SyscallConn() // an error leaves nil
+	}
+	c.plain = c.raw != nil && c.sock == nc
+	c.tcp, _ = nc.(*net.TCPConn)
+	if c.plain {
+		c.waitFn = c.tryRead
+	}
+	return c
+}
+
+// past is a deadline that wakes what waits.
+var past = time.Unix(1, 0)
+
+func isTimeout(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
+
+// serve answers requests until the connection ends.
+func (c *conn) serve() {
+	defer c.end()
+	for c.await() {
+		c.x = exchanges.Get().(*exchange)
+		for {
+			if !c.readHead() || !c.exchange() {
+				return
+			}
+			if b := c.in.B[c.r:c.w]; len(b) == 0 || string(b) == "\r\n" { // which old clients send after a body
+				break
+			}
+			c.phase.store(head, c.srv.clock.Load())
+		}
+		c.release()
+		c.phase.store(idle, c.srv.clock.Load())
+		if c.srv.draining.Load() {
+			return
+		}
+	}
+}
+
+// release gives back what a waiting connection does not need.
+func (c *conn) release() {
+	if c.in != nil {
+		Put(c.in)
+		c.in = nil
+	}
+	c.r, c.w = 0, 0
+	if c.x != nil {
+		c.x.free()
+		c.x = nil
+	}
+}
+
+// end closes the connection. Whoever left an exchange unfinished has closed it
+// already, so that TLS does not say it came to its end.
+func (c *conn) end() {
+	if c.x != nil && c.x.leak {
+		c.in, c.x = nil, nil // somebody may still read into them
+	}
+	c.release()
+	_ = c.nc.Close()
+}
+
+// await waits for the first bytes of a request, and reports false if there is to
+// be none.
+func (c *conn) await() bool {
+	for {
+		err := c.wait()
+		ph, since := c.phase.load()
+		if err == nil {
+			// Also if its time is over: what has come is answered.
+			next := c.srv.clock.Load()
+			if ph == fresh {
+				next = since
+			}
+			return c.phase.move(ph, head, since, next) || c.phase.move(expired, head, since, next)
+		}
+		if !isTimeout(err) || c.interrupted.Load() {
+			return false
+		}
+		_ = c.sock.SetReadDeadline(time.Time{})
+		if ph == expired && !c.pending() {
+			return false
+		}
+		// A request came just before the end, or a deadline was meant for something else.
+	}
+}
+
+// wait reads something into in.
+func (c *conn) wait() error {
+	if c.plain {
+		if err := c.raw.Read(c.waitFn); err != nil {
+			return err
+		}
+		return c.waitErr
+	}
+	c.r, c.w = 0, 0
+	if c.srv.open.Load() > LazyConns {
+		// The rest is in the record that TLS has decrypted by then.
+		if _, err := io.ReadFull(c.nc, c.one[:]); err != nil {
+			return err
+		}
+		c.in = Get(SmallBuffer)
+		c.in.B[0] = c.one[0]
+		c.w = 1
+		return nil
+	}
+	if c.in == nil {
+		c.in = Get(SmallBuffer)
+	}
+	n, err := c.nc.Read(c.in.B)
+	c.w = n
+	if n > 0 {
+		return nil
+	}
+	return err
+}
+
+// tryRead reads into a buffer that it takes only if there is something, and
+// reports false if there is nothing.
+func (c *conn) tryRead(fd uintptr) bool {
+	b := Get(SmallBuffer)
+	for {
+		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&b.B[0])), uintptr(len(b.B)))
+		switch {
+		case errno == syscall.EINTR:
+			continue
+		case errno == 0 && n > 0:
+			c.in, c.r, c.w, c.waitErr = b, 0, int(n), nil
+			return true
+		}
+		Put(b)
+		switch {
+		case errno == syscall.EAGAIN:
+			return false
+		case errno == 0:
+			c.waitErr = io.EOF
+		default:
+			c.waitErr = errno
+		}
+		return true
+	}
+}
+
+// expireIf ends the time of a connection that is in that phase.
+func (c *conn) expireIf(is phase) {
+	if ph, since := c.phase.load(); ph == is && c.phase.move(ph, expired, since, since) {
+		_ = c.sock.SetReadDeadline(past)
+	}
+}
+
+// errCut is that of a head whose client has ended its half within it.
+var (
+	errCut      = &message.Error{Status: http.StatusBadRequest, Reason: "the head is not whole"}
+	errSlowHead = &message.Error{Status: http.StatusRequestTimeout, Reason: "the head took too long"}
+)
+
+// readHead reads up to the end of a head. If there is to be no exchange it has
+// said so to the client and reports false.
+func (c *conn) readHead() bool {
+	tried := 0
+	for {
+		b := c.in.B[c.r:c.w]
+		// Parsing from the beginning at each byte would be the client's way to keep
+		// us busy: it waits for the end of a line.
+		if tried == 0 || len(b) >= tried+SmallBuffer || len(b) >= message.MaxHead || bytes.IndexByte(b[tried:], '\n') >= 0 {
+			n, err := ParseRequest(b, &c.x.head)
+			if err != nil {
+				c.refuse(err)
+				return false
+			}
+			if n > 0 {
+				c.r += n
+				if ph, since := c.phase.load(); ph != head || !c.phase.move(ph, exchanging, since, c.srv.clock.Load()) {
+					c.refuse(errSlowHead)
+					return false
+				}
+				return true
+			}
+			tried = len(b)
+		}
+		c.makeRoom()
+		n, err := c.nc.Read(c.in.B[c.w:])
+		if c.w += n; n > 0 {
+			continue
+		}
+		ph, _ := c.phase.load()
+		switch {
+		case isTimeout(err) && ph == expired:
+			c.refuse(errSlowHead)
+			return false
+		case isTimeout(err) && !c.interrupted.Load():
+			_ = c.sock.SetReadDeadline(time.Time{}) // it was meant for the wait before
+		case errors.Is(err, io.EOF):
+			c.refuse(errCut)
+			return false
+		case err != nil:
+			c.drop(false)
+			return false
+		}
+	}
+}
+
+// makeRoom sees to it that in has room after w.
+func (c *conn) makeRoom() {
+	if c.w < len(c.in.B) {
+		return
+	}
+	to := c.in
+	if c.r == 0 {
+		to = Get(2 * len(c.in.B))
+	}
+	n := copy(to.B, c.in.B[c.r:c.w])
+	if to != c.in {
+		Put(c.in)
+		c.in = to
+	}
+	c.r, c.w = 0, n
+}
+
+// refuse answers what is not a request, and ends the connection.
+func (c *conn) refuse(err error) {
+	e, ok := errors.AsType[*message.Error](err)
+	if !ok {
+		e = errLine
+	}
+	if c.srv.Log != nil {
+		c.srv.Log.Debug("request refused", "status", e.Status, "reason", e.Reason)
+	}
+	text := http.StatusText(e.Status)
+	b := AppendStatusLine(c.x.takeOut(0), e.Status)
+	b = append(b, *c.srv.date.Load()...)
+	b = AppendField(b, "Content-Type", "text/plain")
+	b = AppendLength(b, int64(len(text)))
+	b = append(b, "Connection: close\r\n\r\n"...)
+	if !bytes.HasPrefix(c.in.B[c.r:c.w], []byte("HEAD ")) {
+		b = append(b, text...)
+	}
+	c.phase.store(closing, c.srv.clock.Load())
+	_ = c.sock.SetReadDeadline(time.Time{})
+	if c.write(b) == nil {
+		c.linger()
+	}
+	c.drop(false)
+}
+
+// linger ends our half of the connection and reads a bit more of what comes, so
+// that it does not turn the answer into a reset connection.
+func (c *conn) linger() {
+	c.phase.store(closing, c.srv.clock.Load())
+	if closeWrite(c.nc) != nil || c.sock != c.nc && closeWrite(c.sock) != nil {
+		return
+	}
+	_ = c.sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
+	if c.interrupted.Load() {
+		return
+	}
+	b := Get(OutBuffer)
+	defer Put(b)
+	for left := c.srv.Limits.LingerBytes; left > 0; {
+		n, err := c.sock.Read(b.B[:min(int64(len(b.B)), left)])
+		if left -= int64(n); err != nil {
+			return
+		}
+	}
+}
+
+func closeWrite(c net.Conn) error {
+	if h, ok := c.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
+
+// drop closes the connection without the good-bye of TLS. With reset, the client
+// cannot take what it got for the whole even if nothing but the end would tell.
+func (c *conn) drop(reset bool) {
+	if tcp, ok := c.sock.(*net.TCPConn); ok && reset {
+		_ = tcp.SetLinger(0)
+	}
+	_ = c.sock.Close()
+}
+
+// write sends b.
+func (c *conn) write(b []byte) error {
+	c.writing.Store(c.srv.clock.Load())
+	_, err := c.nc.Write(b)
+	c.writing.Store(0)
+	return err
+}
+
+// handle has the request answered.
+func (c *conn) handle() {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		c.x.aborted, c.x.leak = true, true
+		c.Interrupt()
+		if c.srv.Log != nil {
+			c.srv.Log.Error("panic while answering a request; please report it", "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
+	c.srv.Handler.Handle(c)
+}
+
+// exchange has the request answered, and reports whether another may follow.
+func (c *conn) exchange() bool {
+	c.begin()
+	c.handle()
+	c.unwatch()
+	x := c.x
+	switch {
+	case x.tunnel:
+		x.leak = true
+		return false
+	case !x.ended || x.aborted || c.interrupted.Load():
+		c.drop(x.mode == untilClose)
+		return false
+	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW):
+		_ = c.sock.SetReadDeadline(time.Time{})
+		c.linger()
+		c.drop(false)
+		return false
+	case x.closing:
+		c.phase.store(closing, c.srv.clock.Load())
+		return false
+	}
+	c.keepRest()
+	return true
+}
+
+// keepRest moves what came after a body to in.
+func (c *conn) keepRest() {
+	x := c.x
+	if x.body == nil {
+		return
+	}
+	if x.bodyR < x.bodyW { // which was filled when in was used up
+		c.in, x.body = x.body, c.in
+		c.r, c.w = x.bodyR, x.bodyW
+	}
+	Put(x.body)
+	x.body = nil
+}
+
+// drain reads the rest of a body that is short enough, and reports whether
+// another request can follow.
+func (c *conn) drain() bool {
+	x := c.x
+	c.stopped.Store(false)
+	if errors.Is(x.bodyErr, errStopped) {
+		x.bodyErr = nil
+	}
+	_ = c.sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
+	c.late.Store(true) // that deadline is meant
+	b := Get(OutBuffer)
+	defer Put(b)
+	for left := c.srv.Limits.LingerBytes; left > 0; {
+		n, err := c.ReadBody(b.B[:min(int64(len(b.B)), left)])
+		left -= int64(n)
+		if err == io.EOF { //nolint:errorlint // ReadBody returns it bare
+			_ = c.sock.SetReadDeadline(time.Time{})
+			return true
+		}
+		if err != nil {
+			return false
+		}
+	}
+	return false
+}
+
+// pollResult is what is known of a socket.
+type pollResult struct{ readable, fin, reset bool }
+
+// poll looks at the socket without reading it.
+func (c *conn) poll() (p pollResult) {
+	if c.raw == nil {
+		return p
+	}
+	_ = c.raw.Control(func(fd uintptr) { // a closed one shows elsewhere
+		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}} //nolint:gosec // a descriptor
+		if n, err := unix.Poll(fds[:], 0); n > 0 && err == nil {
+			ev := fds[0].Revents
+			p = pollResult{ev&unix.POLLIN != 0, ev&unix.POLLRDHUP != 0, ev&(unix.POLLERR|unix.POLLHUP) != 0}
+		}
+	})
+	return p
+}
+
+// pending reports whether there is something to read, other than the end.
+func (c *conn) pending() bool {
+	p := c.poll()
+	return p.readable && !p.fin && !p.reset
+}
+
+// unsent reports whether the client has yet to take something that was sent.
+func (c *conn) unsent() bool {
+	unsent := true
+	_ = c.raw.Control(func(fd uintptr) {
+		if n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
+			unsent = n > 0
+		}
+	})
+	return unsent
+}
+
+// look keeps the limits. It is the sweeps' only.
+func (c *conn) look(clock int64, every time.Duration) {
+	l := &c.srv.Limits
+	over := func(since int64, limit time.Duration) bool { return clock-since > int64(limit+every) }
+	ph, since := c.phase.load()
+	switch ph {
+	case fresh, head:
+		if over(since, l.Head) {
+			c.expireIf(ph)
+		}
+	case idle:
+		if over(since, l.Keep) {
+			c.expireIf(ph)
+		}
+	case exchanging:
+		c.lookAtBody(clock, every)
+		if over(since, GoneTime) {
+			c.lookForClient(clock, every)
+		} else {
+			c.finAt = 0
+		}
+	case tunneling, closing, expired:
+	}
+	if began := c.writing.Load(); began != 0 && over(began, l.Write) {
+		if c.splicing.Load() && !c.unsent() {
+			c.writing.CompareAndSwap(began, clock) // the app is slow, not the client
+			return
+		}
+		_ = c.sock.SetWriteDeadline(past)
+	}
+}
+
+// lookAtBody ends a wait for a body that takes too long.
+func (c *conn) lookAtBody(clock int64, every time.Duration) {
+	began := c.reading.Load()
+	if began == 0 {
+		return
+	}
+	l := &c.srv.Limits
+	waited := time.Duration(clock - began)
+	all := waited + time.Duration(c.bodyWaited.Load())
+	if waited > l.Body+every || all > l.Body+every && float64(c.bodyBytes.Load()) < float64(l.BodyRate)*all.Seconds() {
+		c.late.Store(true)
+		_ = c.sock.SetReadDeadline(past)
+	}
+}
+
+// lookForClient tells the watcher if the client has gone.
+func (c *conn) lookForClient(clock int64, every time.Duration) {
+	p := c.poll()
+	switch {
+	case p.reset:
+	case p.fin && c.finAt == 0:
+		c.finAt = clock
+		return
+	case p.fin && clock-c.finAt > int64(c.srv.Limits.HalfOpen+every):
+	default:
+		if !p.fin {
+			c.finAt = 0
+		}
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gone = true
+	if c.watcher != nil {
+		c.watcher.ClientGone()
+		c.watcher = nil
+	}
+}
