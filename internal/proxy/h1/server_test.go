@@ -97,6 +97,12 @@ func limits() message.Limits {
 
 func serveOn(t testing.TB, network string, l message.Limits, secure *tls.Config, h message.Handler) *server {
 	t.Helper()
+	return start(t, network, &Server{Handler: h, Limits: l, Log: hclog.NewNullLogger()}, secure)
+}
+
+// start has s serve what connects to a new address.
+func start(t testing.TB, network string, of *Server, secure *tls.Config) *server {
+	t.Helper()
 	addr := "127.0.0.1:0"
 	if network == "unix" {
 		dir, err := os.MkdirTemp("", "h1")
@@ -110,7 +116,7 @@ func serveOn(t testing.TB, network string, l message.Limits, secure *tls.Config,
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &server{Server: &Server{Handler: h, Limits: l, Log: hclog.NewNullLogger()}, t: t, l: ln, tls: secure}
+	s := &server{Server: of, t: t, l: ln, tls: secure}
 	s.refs.Go(func() {
 		for {
 			nc, err := ln.Accept()
@@ -538,8 +544,8 @@ func TestAWrongNumberOfBytesNeverLooksWhole(t *testing.T) {
 
 func TestAHandlerThatPanicsIsLogged(t *testing.T) {
 	var out bytes.Buffer
-	s := serve(t, limits(), func(message.Exchange) { panic("out of order") })
-	s.Log = hclog.New(&hclog.LoggerOptions{Output: &out})
+	h := handlerFunc(func(message.Exchange) { panic("out of order") })
+	s := start(t, "tcp", &Server{Handler: h, Limits: limits(), Log: hclog.New(&hclog.LoggerOptions{Output: &out})}, nil)
 	s.dial().send("GET / HTTP/1.1\r\nHost: h\r\n\r\n").ends()
 	s.Shutdown(t.Context())
 	if got := out.String(); !strings.Contains(got, "out of order") || !strings.Contains(got, "h1.TestAHandlerThatPanicsIsLogged") {
