@@ -15,6 +15,8 @@ BENCHTIME ?= 1s
 BENCH    ?=
 # The tests that soak runs.
 SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps
+# The tests that torture runs, in the order of their files.
+TORTURE ?= Reload|Storm|AKilledProxy|AKilledAgent|NewProxy|WaitingConnections|ManagementSocket|NewImage|TwoImages|FreshStart|Followed|KillingTheMaster|MasterWithAStore|Fire|FullDisk|PowerCut|Overlap
 
 # The packages that are quick to test, and those that run the real programs.
 UNIT        = $(shell $(GO) list ./... | grep -v /internal/integration)
@@ -71,6 +73,11 @@ integration: ## tests that run the real programs
 .PHONY: soak
 soak: ## rollouts, crashes and cold starts for minutes, with the numbers they are to keep
 	@TAKO_SOAK=1 $(GOTEST) -again 0 -show -- soak -timeout 30m -run '$(SOAK)' $(INTEGRATION) -parallel 1
+
+# In a PID and a network namespace of its own each, where the system allows it.
+.PHONY: torture
+torture: ## reloads, upgrades, deaths, full disks, power cuts under load, and a table of what was lost
+	@$(GO) run tools/torture/main.go -run '$(TORTURE)' ./internal/integration
 
 .PHONY: integration-slow
 integration-slow: ## the same with apps of real frameworks, installed by npm
