@@ -67,7 +67,8 @@ func Symlink(target, path string) error {
 }
 
 // RemoveStale removes what a crash in WriteFile or Symlink left in dir more than
-// age ago. A dir that is not there is fine.
+// age ago; with 0 all of it, whatever the clock says now. A dir that is not there
+// is fine.
 func RemoveStale(dir string, age time.Duration) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -82,7 +83,7 @@ func RemoveStale(dir string, age time.Duration) error {
 			continue
 		}
 		info, err := e.Info()
-		if errors.Is(err, fs.ErrNotExist) || err == nil && time.Since(info.ModTime()) <= age {
+		if errors.Is(err, fs.ErrNotExist) || err == nil && age > 0 && time.Since(info.ModTime()) <= age {
 			continue
 		}
 		if err == nil {

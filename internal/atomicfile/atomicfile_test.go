@@ -149,6 +149,16 @@ func TestRemoveStaleTakesOldLeavingsOnly(t *testing.T) {
 			t.Errorf("%s: %v, want there: %v", name, err, there)
 		}
 	}
+	future := time.Now().Add(time.Hour) // before the clock was set back
+	if err := os.Chtimes(filepath.Join(dir, prefix+"young"), future, future); err != nil {
+		t.Fatal(err)
+	}
+	if err := RemoveStale(dir, 0); err != nil {
+		t.Fatal(err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 || left[0].Name() != "file" {
+		t.Errorf("without an age %v is left, %v", left, err)
+	}
 	if err := RemoveStale(filepath.Join(dir, "none"), 0); err != nil {
 		t.Errorf("a folder that is not there: %v", err)
 	}

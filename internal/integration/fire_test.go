@@ -217,7 +217,7 @@ func fireServer(t *testing.T, mount func(dir string) error) *takotest.Server {
 		t.Skipf("no file system of its own for the data root: %v", err)
 	}
 	t.Cleanup(func() {
-		if err := errors.Join(s.Stop(), syscall.Unmount(s.Data, 0)); err != nil {
+		if err := errors.Join(s.Stop(), unmount(s.Data)); err != nil {
 			t.Error(err)
 		}
 	})
@@ -356,6 +356,15 @@ func mountImage(image, dir string) error {
 	return command("mount", "-o", "loop,data=ordered,commit=5", image, dir)
 }
 
+// unmount waits for what has just died: it may hold files for a moment more.
+func unmount(dir string) error {
+	err := syscall.Unmount(dir, 0)
+	for end := time.Now().Add(takotest.StopWait); errors.Is(err, syscall.EBUSY) && time.Now().Before(end); err = syscall.Unmount(dir, 0) {
+		time.Sleep(5 * time.Millisecond)
+	}
+	return err
+}
+
 func command(name string, args ...string) error {
 	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
 		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
@@ -434,7 +443,7 @@ func TestFirePowerCutsLoseNothingAcknowledged(t *testing.T) {
 				t.Logf("it has gone: %v", err)
 			}
 		}
-		if err := errors.Join(s.Kill(), syscall.Unmount(s.Data, 0), os.Rename(copied, image), mountImage(image, s.Data), s.Start()); err != nil {
+		if err := errors.Join(s.Kill(), unmount(s.Data), os.Rename(copied, image), mountImage(image, s.Data), s.Start()); err != nil {
 			t.Fatalf("start after power cut %d: %v", cut, err)
 		}
 		<-w.ended
@@ -557,7 +566,7 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 				t.Skipf("a tmpfs cannot be mounted here: %v", err)
 			}
 			t.Cleanup(func() {
-				if err := syscall.Unmount(thin, 0); err != nil {
+				if err := unmount(thin); err != nil {
 					t.Error(err)
 				}
 			})
@@ -593,7 +602,7 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 			if refused == 0 {
 				t.Error("nothing was refused")
 			}
-			if err := errors.Join(s.Kill(), os.Remove(filler), syscall.Unmount(s.Data, 0), mountImage(image, s.Data), s.Start()); err != nil {
+			if err := errors.Join(s.Kill(), os.Remove(filler), unmount(s.Data), mountImage(image, s.Data), s.Start()); err != nil {
 				t.Fatalf("start on the disk that works again: %v", err)
 			}
 			settle(t, s, "after a start on the disk that works again", now).served(t, s)

@@ -35,3 +35,16 @@ func TestOnlyOldUnusedReleasesBeyondTheNewestArePruned(t *testing.T) {
 		}
 	}
 }
+
+// A clock that was set back makes releases young, and none of them old.
+func TestReleasesFromTheFutureAreKept(t *testing.T) {
+	now := time.Unix(1_800_000_000, 0)
+	var stored []release.Stored
+	for i := range 5 {
+		at := now.Add(time.Duration(5-i) * 1000 * time.Hour).Unix()
+		stored = append(stored, release.Stored{Version: tako.ReleaseID(fmt.Sprintf("r%d", i)), DeployedAt: &at})
+	}
+	if got := prunable(stored, nil, 1, 30, now); got != nil {
+		t.Errorf("pruned %v", got)
+	}
+}

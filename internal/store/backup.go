@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 )
@@ -22,7 +21,7 @@ const (
 const (
 	backupPrefix = "runtime-state-"
 	backupSuffix = ".sqlite3"
-	backupTime   = "20060102-150405" // UTC: the order of names is the order of time
+	backupTime   = "20060102-150405" // UTC; later than that of any backup before it
 	backupTemp   = ".making"
 )
 
@@ -42,11 +41,23 @@ func (d *DB) Backup(ctx context.Context) (path string, err error) {
 
 // backupNow is Backup with the locks held, or before there is anybody else.
 func (d *DB) backupNow(ctx context.Context) (path string, err error) {
-	path = filepath.Join(d.o.BackupDir, backupPrefix+d.o.Now().UTC().Format(backupTime)+backupSuffix)
+	at := d.o.Now().UTC()
+	names, err := d.listBackups()
+	if err != nil {
+		return "", err
+	}
+	if len(names) > 0 {
+		// The order of names is that in which backups were made, also after the clock
+		// was set back: the newest is the one to restore, and the last to be removed.
+		if newest, _ := backupTimeOf(names[len(names)-1]); at.Before(newest.Add(time.Second)) {
+			at = newest.Add(time.Second)
+		}
+	}
+	path = filepath.Join(d.o.BackupDir, backupPrefix+at.Format(backupTime)+backupSuffix)
 	if err := d.backup(ctx, path); err != nil {
 		return "", d.explain("back up database to "+path, err)
 	}
-	d.prune(filepath.Base(path))
+	d.prune()
 	return path, nil
 }
 
@@ -76,16 +87,14 @@ func (d *DB) backup(ctx context.Context, path string) error {
 	return moveInto(temp, path)
 }
 
-// prune removes the oldest backups, never the one just made, which is not the
-// newest by name when the clock was set back.
-func (d *DB) prune(made string) {
+// prune removes the oldest backups.
+func (d *DB) prune() {
 	names, err := d.listBackups()
 	if err != nil {
 		d.o.Log.Warn("cannot remove old backups", "error", err)
 		return
 	}
-	names = slices.DeleteFunc(names, func(n string) bool { return n == made })
-	for _, n := range names[:max(len(names)-(BackupsKept-1), 0)] {
+	for _, n := range names[:max(len(names)-BackupsKept, 0)] {
 		if err := os.Remove(filepath.Join(d.o.BackupDir, n)); err != nil {
 			d.o.Log.Warn("cannot remove an old backup", "error", err)
 		}
@@ -114,17 +123,33 @@ func backupTimeOf(name string) (time.Time, bool) {
 	return t, ok && ok2 && err == nil
 }
 
+// backupDue is how long the next backup has time.
+func (d *DB) backupDue() time.Duration {
+	names, err := d.listBackups()
+	if err != nil || len(names) == 0 {
+		return 0
+	}
+	newest, _ := backupTimeOf(names[len(names)-1])
+	if age := d.o.Now().Sub(newest); age >= 0 {
+		return max(BackupEvery-age, 0)
+	}
+	// It is from the future: the clock was set back. So that starts in a row do not
+	// push all older ones out, there is one only if that file is not new.
+	fi, err := os.Stat(filepath.Join(d.o.BackupDir, names[len(names)-1]))
+	if err != nil {
+		return 0
+	}
+	age := d.o.Now().Sub(fi.ModTime())
+	if age < 0 {
+		return BackupRetry
+	}
+	return max(BackupEvery-age, 0)
+}
+
 // BackupLoop makes a backup every BackupEvery, the first at once if the newest
 // is that old, until ctx ends.
 func (d *DB) BackupLoop(ctx context.Context) {
-	wait := time.Duration(0)
-	if names, err := d.listBackups(); err == nil && len(names) > 0 {
-		newest, _ := backupTimeOf(names[len(names)-1])
-		// One from the future, before a clock was set back, does not count.
-		if age := d.o.Now().Sub(newest); age >= 0 {
-			wait = max(BackupEvery-age, 0)
-		}
-	}
+	wait := d.backupDue()
 	for {
 		timer := time.NewTimer(wait)
 		select {

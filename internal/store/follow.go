@@ -45,6 +45,9 @@ func follow(ctx context.Context, o Options, all []migration) (*DB, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Uptime == nil {
+		o.Uptime = uptime
+	}
 	if o.Log == nil {
 		o.Log = hclog.NewNullLogger()
 	}

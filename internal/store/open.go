@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -50,6 +51,9 @@ func open(ctx context.Context, o Options, all []migration) (*DB, error) {
 	if o.Now == nil {
 		o.Now = time.Now
 	}
+	if o.Uptime == nil {
+		o.Uptime = uptime
+	}
 	if o.Log == nil {
 		o.Log = hclog.NewNullLogger()
 	}
@@ -70,6 +74,7 @@ func (d *DB) openWith(ctx context.Context, all []migration) error {
 	if err != nil {
 		return err
 	}
+	d.rememberRestore(ctx)
 	d.makeReserve()
 	if d.reserve < ReserveBytes {
 		d.o.Log.Warn("little room on the disk: the reserve file is not whole", "path", d.o.ReservePath, "bytes", d.reserve)
@@ -92,7 +97,7 @@ func (d *DB) open(ctx context.Context, all []migration) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		if len(backups) > 0 {
-			err = d.restore(ctx, backups, newest, "the file is missing")
+			err = d.restoreFrom(ctx, backups, newest, "the file is missing")
 			break
 		}
 		if _, werr := os.Lstat(path + "-wal"); werr == nil {
@@ -102,11 +107,11 @@ func (d *DB) open(ctx context.Context, all []migration) error {
 	case err != nil:
 		return fmt.Errorf("open database: %w", err)
 	case fi.Size() == 0:
-		err = d.restore(ctx, backups, newest, "the file is empty")
+		err = d.restoreFrom(ctx, backups, newest, "the file is empty")
 	default:
 		version, err = inspect(ctx, path, newest)
 		if damage, ok := errors.AsType[*damageError](err); ok {
-			version, err = 0, d.restore(ctx, backups, newest, damage.why)
+			version, err = 0, d.restoreFrom(ctx, backups, newest, damage.why)
 		}
 	}
 	switch {
@@ -173,9 +178,9 @@ func (d *DB) create(ctx context.Context, all []migration, fill func(ctx context.
 	return moveInto(temp, d.o.Path)
 }
 
-// restore sets aside what is at the database's place and moves the newest good
+// restoreFrom sets aside what is at the database's place and moves the newest good
 // backup there. Without one it changes nothing and fails.
-func (d *DB) restore(ctx context.Context, backups []string, newest int, why string) error {
+func (d *DB) restoreFrom(ctx context.Context, backups []string, newest int, why string) error {
 	path, temp := d.o.Path, d.o.Path+".restore"
 	d.o.Log.Error("the database is damaged or missing", "path", path, "reason", why)
 	defer removeTemp(temp)
@@ -195,12 +200,58 @@ func (d *DB) restore(ctx context.Context, backups []string, newest int, why stri
 		if err := moveInto(temp, path); err != nil {
 			return err
 		}
-		d.restored = from
+		d.restore = Restore{At: d.o.Now().UTC(), Backup: from, Damaged: aside}
+		if _, err := os.Lstat(aside); err != nil {
+			d.restore.Damaged = "" // there was none
+		}
 		d.o.Log.Error("a backup took the place of the database: what was changed after it was made is lost; check the apps", "backup", from, "damaged", aside)
 		return nil
 	}
 	return fmt.Errorf("open database %s: %w (%s; %d backups in %s tried): put a good backup in its place; or, to start empty and deploy every app again, move it and its -wal file, and those backups, away",
 		path, ErrDamaged, why, len(backups), d.o.BackupDir)
+}
+
+// keyRestore is the server value that has the last Restore.
+const keyRestore = "restored"
+
+// A Restore says that a backup took the place of a damaged or missing database:
+// what was changed after it was made is lost.
+type Restore struct {
+	At      time.Time `json:"at"`
+	Backup  string    `json:"backup"`
+	Damaged string    `json:"damaged"` // what was set aside, and its -wal file; "" if it was missing
+}
+
+// LastRestore returns the last time that Open put a backup in the place of the
+// database, nil if it never did. It outlasts restarts.
+func (d *DB) LastRestore(ctx context.Context) (*Restore, error) {
+	text, err := d.ServerValue(ctx, keyRestore)
+	if err != nil || text == nil {
+		return nil, err
+	}
+	var r Restore
+	if err := json.Unmarshal(text, &r); err != nil {
+		return nil, fmt.Errorf("read the last restore: %w", err)
+	}
+	return &r, nil
+}
+
+// rememberRestore keeps what restore did. It has been logged, so a disk without
+// room for it is no reason to fail.
+func (d *DB) rememberRestore(ctx context.Context) {
+	if d.restore.Backup == "" {
+		return
+	}
+	text, err := json.Marshal(d.restore)
+	if err == nil {
+		err = transact(ctx, d.sql, nil, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, `INSERT OR REPLACE INTO server_values (key, value) VALUES (?, ?)`, keyRestore, text)
+			return err
+		})
+	}
+	if err != nil {
+		d.o.Log.Warn("it is not kept that a backup was restored", "error", err)
+	}
 }
 
 // copyGood copies a backup to temp, proves it there and turns it to WAL mode.

@@ -103,6 +103,9 @@ func TestDamagedFileIsReplacedByTheNewestGoodBackup(t *testing.T) {
 			if from, restored := d.Restored(); !restored || from != good {
 				t.Errorf("Restored = %s, %v, want %s", from, restored, good)
 			}
+			if last, err := d.LastRestore(t.Context()); err != nil || last == nil || last.Backup != good || !last.At.Equal(now) || (last.Damaged == "") != (name == "missing") {
+				t.Errorf("LastRestore = %+v, %v", last, err)
+			}
 			for _, part := range []string{"[ERROR]", good, bad} {
 				if !strings.Contains(log.String(), part) {
 					t.Errorf("the log does not say %q:\n%s", part, &log)
@@ -170,8 +173,69 @@ func TestSevenBackupsAreKept(t *testing.T) {
 	ok(t, err)
 	names, err := d.listBackups()
 	ok(t, err)
-	if len(names) != BackupsKept || !slices.Contains(names, filepath.Base(back)) || names[6] != "runtime-state-20260311-120000.sqlite3" {
-		t.Errorf("backups %v, want %d with the newest and %s", names, BackupsKept, back)
+	if len(names) != BackupsKept || names[6] != filepath.Base(back) || names[5] != "runtime-state-20260311-120000.sqlite3" {
+		t.Errorf("backups %v, want %d, the last of them %s", names, BackupsKept, back)
+	}
+}
+
+func TestNewestBackupIsTheOneMadeLastWhateverTheClockSaid(t *testing.T) {
+	dir := t.TempDir()
+	o := options(dir)
+	now := start
+	o.Now = func() time.Time { return now }
+	d, err := Open(t.Context(), o)
+	ok(t, err)
+	a := blog()
+	for _, jump := range []time.Duration{0, 1000 * time.Hour, -900 * time.Hour, 0, -5000 * time.Hour, time.Minute} {
+		now = now.Add(jump)
+		a.Instances++
+		ok(t, d.SaveApp(t.Context(), a))
+		_, err := d.Backup(t.Context())
+		ok(t, err)
+	}
+	closeDB(t, d)
+	ok(t, os.Remove(o.Path))
+	d, err = Open(t.Context(), o)
+	ok(t, err)
+	defer closeDB(t, d)
+	wantApps(t, d, a)
+	last, err := d.LastRestore(t.Context())
+	ok(t, err)
+	if last == nil || last.Damaged != "" || !last.At.Equal(now) {
+		t.Errorf("LastRestore = %+v, want one of a missing file at %s", last, now)
+	}
+}
+
+func TestStartsInARowMakeNoBackupEach(t *testing.T) {
+	dir := t.TempDir()
+	o := options(dir)
+	now := start
+	o.Now = func() time.Time { return now }
+	d, err := Open(t.Context(), o)
+	ok(t, err)
+	defer closeDB(t, d)
+	if due := d.backupDue(); due != 0 {
+		t.Errorf("the first is due in %s", due)
+	}
+	made, err := d.Backup(t.Context())
+	ok(t, err)
+	for _, c := range []struct {
+		name  string
+		now   time.Duration // after the time in the name
+		wrote time.Duration // before now
+		want  time.Duration
+	}{
+		{"just made", time.Second, time.Second, BackupEvery - time.Second},
+		{"old", 30 * time.Hour, 30 * time.Hour, 0},
+		{"named after the future, written an hour ago", -time.Minute, time.Hour, BackupEvery - time.Hour},
+		{"named after the future, written two days ago", -1000 * time.Hour, 48 * time.Hour, 0},
+		{"written in the future too", -time.Hour, -time.Hour, BackupRetry},
+	} {
+		now = start.Add(c.now)
+		ok(t, os.Chtimes(made, now, now.Add(-c.wrote)))
+		if due := d.backupDue(); due != c.want {
+			t.Errorf("%s: due in %s, want %s", c.name, due, c.want)
+		}
 	}
 }
 

@@ -3,9 +3,14 @@ package store
 import (
 	"context"
 	"database/sql"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"tako/internal/tako"
 )
@@ -27,7 +32,9 @@ var (
 	ErrNotHolder = errors.New("the upgrade lock is not held by this owner")
 )
 
-// Lock is the upgrade lock while somebody holds it.
+// Lock is the upgrade lock while somebody holds it. Its times are by the clock as
+// it is set now: one that was set since the lock was taken, and in the same boot,
+// makes it neither older nor younger.
 type Lock struct {
 	Owner      string
 	AcquiredAt time.Time
@@ -60,7 +67,8 @@ func (e *LockedError) Unwrap() []error {
 // EnterUpgrading sets the server upgrading and gives owner the lock, in one
 // transaction. The holder enters again and so renews its lease. From another it
 // is taken only with force or when the lease ran out; else the error is a
-// *LockedError. A clock set back prolongs a lease and never cuts it short.
+// *LockedError. After a restart of the machine a lease is counted by the clock; one
+// set back prolongs it and never cuts it short.
 func (d *DB) EnterUpgrading(ctx context.Context, owner string, force bool, now time.Time) (lock Lock, err error) {
 	if owner == "" || len(owner) > MaxOwner {
 		return Lock{}, tako.Errorf(tako.CodeInvalid, "the owner of an upgrade lock has 1 to %d bytes, not %d", MaxOwner, len(owner))
@@ -68,7 +76,7 @@ func (d *DB) EnterUpgrading(ctx context.Context, owner string, force bool, now t
 	now = time.UnixMilli(now.UnixMilli()).UTC()
 	err = d.write(ctx, "enter upgrading", false, func(tx *sql.Tx) error {
 		lock = Lock{Owner: owner, AcquiredAt: now, RenewedAt: now}
-		held, err := queryLock(ctx, tx)
+		held, err := d.queryLock(ctx, tx, now)
 		switch {
 		case err != nil:
 			return err
@@ -82,7 +90,10 @@ func (d *DB) EnterUpgrading(ctx context.Context, owner string, force bool, now t
 		}
 		_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO upgrade_lock (id, owner, acquired_at_ms, renewed_at_ms) VALUES (1, ?, ?, ?)`,
 			lock.Owner, lock.AcquiredAt.UnixMilli(), lock.RenewedAt.UnixMilli())
-		return err
+		if err != nil {
+			return err
+		}
+		return d.keepLease(ctx, tx, lock)
 	})
 	if err != nil {
 		return Lock{}, err
@@ -96,7 +107,7 @@ func (d *DB) EnterUpgrading(ctx context.Context, owner string, force bool, now t
 // nobody does. It works on a full disk.
 func (d *DB) ExitUpgrading(ctx context.Context, owner string, force bool) error {
 	return d.write(ctx, "exit upgrading", true, func(tx *sql.Tx) error {
-		held, err := queryLock(ctx, tx)
+		held, err := d.queryLock(ctx, tx, d.o.Now())
 		switch {
 		case err != nil:
 			return err
@@ -115,7 +126,7 @@ func (d *DB) ExitUpgrading(ctx context.Context, owner string, force bool) error 
 // Mode returns the server's mode, with the lock while it is upgrading, else nil.
 func (d *DB) Mode(ctx context.Context) (mode tako.Mode, lock *Lock, err error) {
 	err = d.read(ctx, "read server mode", func(tx *sql.Tx) error {
-		lock, err = queryLock(ctx, tx)
+		lock, err = d.queryLock(ctx, tx, d.o.Now())
 		return err
 	})
 	switch {
@@ -127,7 +138,7 @@ func (d *DB) Mode(ctx context.Context) (mode tako.Mode, lock *Lock, err error) {
 	return tako.ModeUpgrading, lock, nil
 }
 
-func queryLock(ctx context.Context, tx *sql.Tx) (*Lock, error) {
+func (d *DB) queryLock(ctx context.Context, tx *sql.Tx, now time.Time) (*Lock, error) {
 	var l Lock
 	var acquired, renewed int64
 	err := tx.QueryRowContext(ctx, `SELECT owner, acquired_at_ms, renewed_at_ms FROM upgrade_lock WHERE id = 1`).Scan(&l.Owner, &acquired, &renewed)
@@ -138,7 +149,68 @@ func queryLock(ctx context.Context, tx *sql.Tx) (*Lock, error) {
 		return nil, err
 	}
 	l.AcquiredAt, l.RenewedAt = time.UnixMilli(acquired).UTC(), time.UnixMilli(renewed).UTC()
-	return &l, nil
+	return &l, d.readLease(ctx, tx, &l, now)
+}
+
+// keyLease is the server value that has a lease by the uptime.
+const keyLease = "upgrade_lease"
+
+// A lease is when the upgrade lock was taken and renewed, in milliseconds of the
+// uptime of a boot. It belongs to the lock that was renewed at RenewedAt: another
+// version of tako may not know of it.
+type lease struct {
+	Boot       string `json:"boot"`
+	AcquiredUp int64  `json:"acquired_up_ms"`
+	RenewedUp  int64  `json:"renewed_up_ms"`
+	RenewedAt  int64  `json:"renewed_at_ms"`
+}
+
+// keepLease writes the lease of a lock that is renewed now.
+func (d *DB) keepLease(ctx context.Context, tx *sql.Tx, l Lock) error {
+	boot, up := d.o.Uptime()
+	text, err := json.Marshal(lease{
+		Boot: boot, AcquiredUp: (up - l.RenewedAt.Sub(l.AcquiredAt)).Milliseconds(), RenewedUp: up.Milliseconds(), RenewedAt: l.RenewedAt.UnixMilli(),
+	})
+	if err != nil {
+		return err
+	}
+	_, err = tx.ExecContext(ctx, `INSERT OR REPLACE INTO server_values (key, value) VALUES (?, ?)`, keyLease, text)
+	return err
+}
+
+// readLease puts a lock's times right if its lease is of this boot.
+func (d *DB) readLease(ctx context.Context, tx *sql.Tx, l *Lock, now time.Time) error {
+	var text []byte
+	err := tx.QueryRowContext(ctx, `SELECT value FROM server_values WHERE key = ?`, keyLease).Scan(&text)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	var of lease
+	if err != nil || json.Unmarshal(text, &of) != nil {
+		return err // what cannot be read is as none
+	}
+	boot, up := d.o.Uptime()
+	if boot == "" || of.Boot != boot || of.RenewedAt != l.RenewedAt.UnixMilli() {
+		return nil
+	}
+	ago := func(then int64) time.Time {
+		return time.UnixMilli(now.UnixMilli() - max(up.Milliseconds()-then, 0)).UTC()
+	}
+	l.AcquiredAt, l.RenewedAt = ago(of.AcquiredUp), ago(of.RenewedUp)
+	return nil
+}
+
+// uptime is the kernel's: it goes on while the machine sleeps.
+func uptime() (boot string, up time.Duration) {
+	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "", 0
+	}
+	var ts unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
+		return "", 0
+	}
+	return strings.TrimSpace(string(id)), time.Duration(ts.Nano())
 }
 
 // ServerValue returns a value of the server itself, nil if it was never set.

@@ -32,14 +32,18 @@ type Options struct {
 	Version string
 	// Now is time.Now if nil.
 	Now func() time.Time
+	// Uptime is by what the lease of the upgrade lock is counted, since nobody sets
+	// it: the boot that runs and how long it has. nil is the kernel's; an empty boot
+	// is one that is not known.
+	Uptime func() (boot string, up time.Duration)
 }
 
 // DB is an open state file. Its methods may be called from several goroutines.
 type DB struct {
-	o        Options
-	all      []migration
-	restored string
-	backups  sync.Mutex // one backup at a time
+	o       Options
+	all     []migration
+	restore Restore    // what Open did, if it did
+	backups sync.Mutex // one backup at a time
 
 	// mu orders the changes; the database has one connection, so it is taken
 	// before that. Lock order: backups, mu, conn.
@@ -64,7 +68,7 @@ func (d *DB) Close() error {
 
 // Restored returns the backup that Open put in the place of a damaged or missing
 // file. What was changed after it was made is lost.
-func (d *DB) Restored() (from string, ok bool) { return d.restored, d.restored != "" }
+func (d *DB) Restored() (from string, ok bool) { return d.restore.Backup, d.restore.Backup != "" }
 
 // write makes one change: f runs in a transaction, committed when it returns nil.
 // With spend, a full disk is met by giving up the reserve and running f again.

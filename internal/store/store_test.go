@@ -36,6 +36,7 @@ func options(dir string) Options {
 		ReservePath: filepath.Join(dir, "reserve"),
 		Version:     "1.2.3",
 		Now:         func() time.Time { return start },
+		Uptime:      func() (string, time.Duration) { return "", 0 },
 	}
 }
 
@@ -316,6 +317,81 @@ func TestUpgradeLock(t *testing.T) {
 	}
 	_, err := d.EnterUpgrading(t.Context(), strings.Repeat("x", MaxOwner+1), false, start)
 	wantCode(t, err, tako.CodeInvalid)
+}
+
+// The clock jumps; the uptime of a boot does not.
+func TestLeaseIsCountedByTheUptimeOfTheBoot(t *testing.T) {
+	dir := t.TempDir()
+	var d *DB
+	var wall, up time.Duration
+	boot := "one"
+	o := options(dir)
+	o.Now = func() time.Time { return start.Add(wall) }
+	o.Uptime = func() (string, time.Duration) { return boot, up }
+	open := func() {
+		t.Helper()
+		var err error
+		d, err = Open(t.Context(), o)
+		ok(t, err)
+	}
+	open()
+	enter := func(owner string) (Lock, error) { return d.EnterUpgrading(t.Context(), owner, false, o.Now()) }
+	held := func(what string, age, idle time.Duration) {
+		t.Helper()
+		_, err := enter("other")
+		locked, is := errors.AsType[*LockedError](err)
+		if !is || locked.Age != age || locked.Idle != idle {
+			t.Fatalf("%s: %+v, want held for %s, renewed %s ago", what, err, age, idle)
+		}
+		_, lock, err := d.Mode(t.Context())
+		ok(t, err)
+		if lock == nil || lock.Age(o.Now()) != age || lock.Idle(o.Now()) != idle {
+			t.Fatalf("%s: the mode has %+v, want %s and %s", what, lock, age, idle)
+		}
+	}
+	_, err := enter("me")
+	ok(t, err)
+	wall, up = wall+time.Hour, up+time.Minute
+	held("set forward by 59 minutes", time.Minute, time.Minute)
+	_, err = enter("me")
+	ok(t, err)
+	wall, up = wall-48*time.Hour, up+time.Minute
+	held("renewed, then set back by two days", 2*time.Minute, time.Minute)
+	closeDB(t, d)
+	open()
+	held("and after a restart of the server", 2*time.Minute, time.Minute)
+	up += UpgradeLease - time.Minute - 1*time.Millisecond
+	held("a moment before its end", UpgradeLease+time.Minute-time.Millisecond, UpgradeLease-time.Millisecond)
+	up += time.Millisecond
+	lock, err := enter("third")
+	if err != nil || !lock.AcquiredAt.Equal(o.Now()) {
+		t.Fatalf("after its end: %+v, %v", lock, err)
+	}
+
+	boot, up = "two", time.Second // the machine restarts: only the clock is left
+	wall += time.Minute
+	held("in the next boot", time.Minute, time.Minute)
+	_, err = enter("third")
+	ok(t, err)
+	up, wall = up+time.Minute, wall+time.Hour
+	held("renewed in the next boot", 2*time.Minute, time.Minute)
+
+	// Another version renews it and knows nothing of uptimes.
+	up = time.Hour
+	_, err = d.sql.Exec(`UPDATE upgrade_lock SET renewed_at_ms = ?`, o.Now().Add(-time.Second).UnixMilli())
+	ok(t, err)
+	if _, err := enter("me"); !errors.Is(err, ErrLocked) {
+		t.Fatalf("renewed by another version a second ago: %v", err)
+	}
+	closeDB(t, d)
+}
+
+func TestKernelKnowsItsUptime(t *testing.T) {
+	boot, up := uptime()
+	again, later := uptime()
+	if len(boot) != 36 || again != boot || up <= 0 || later < up {
+		t.Errorf("boot %q has run for %s, then %q for %s", boot, up, again, later)
+	}
 }
 
 func TestServerValues(t *testing.T) {
