@@ -50,7 +50,9 @@ func run() int {
 		fmt.Fprintf(os.Stderr, "%s is started by tako-master, and not by hand: %v\n", name, err)
 		return wire.ExitUsage
 	}
-	signal.Ignore(syscall.SIGHUP, syscall.SIGINT) // a terminal's are the master's to act on
+	// A terminal's signals are the master's to act on. And a log pipe without a reader
+	// must not end this process: it finishes requests when the master has died.
+	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
 	switch err := proxy.Run(ctx, proxy.Config{Channel: channel, Version: version.String()}, log); {
