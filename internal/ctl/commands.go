@@ -361,6 +361,9 @@ func (r *run) showServer(i management.ServerInfo) {
 		line("acme", "wanted; this version obtains no certificates yet")
 	}
 	line("isolation", "%s", i.Isolation)
+	if b := i.Restored; b != nil {
+		line("restored", "%s from %s: what was changed after that backup is lost", r.ago(&b.At), b.Backup)
+	}
 	if r := i.Reload; r != nil && r.Count+r.Failed > 0 {
 		text := fmt.Sprintf("%d times", r.Count)
 		if r.LastError != "" {

@@ -60,6 +60,7 @@ func (b *backend) Reload(context.Context) (management.ReloadInfo, error) {
 func (b *backend) ServerInfo(context.Context) (management.ServerInfo, error) {
 	return management.ServerInfo{
 		PID: 42, Role: management.RoleFollower, OwnerPID: 41, Version: "1.2.3", Mode: tako.ModeNormal, Socket: "/s", DataDir: "/d", HTTPPort: 80, HTTPSPort: 443,
+		Restored:   &management.Restored{At: nowUnix - 3600, Backup: "/d/backups/b.sqlite3"},
 		UptimeSecs: 7200, Isolation: "all walls stand", Upgrade: &management.UpgradeLock{Owner: "deb", AgeSecs: 61, LeaseSecs: 540},
 		Processes: []management.Process{{Role: "proxy", PID: 43, Generation: 1, State: "ready", UptimeSecs: 60, User: "tako-proxy"}},
 	}, b.note("info")

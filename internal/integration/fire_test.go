@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -608,6 +609,97 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 			settle(t, s, "after a start on the disk that works again", now).served(t, s)
 			nothingHalf(t, s)
 		})
+	}
+}
+
+// TestFireDamagedDatabaseIsReplacedByABackupAndSaid damages the database of a
+// server that was killed. The next one has the newest good backup, serves what it
+// names, and says so: in its log and, from then on, in server_info.
+func TestFireDamagedDatabaseIsReplacedByABackupAndSaid(t *testing.T) {
+	t.Parallel()
+	s := prepare(t, takotest.Options{})
+	old := fireStart(t, s)
+	database, backups := filepath.Join(s.Data, "runtime-state.sqlite3"), filepath.Join(s.Data, "backups")
+	list := func() []string {
+		names, err := filepath.Glob(filepath.Join(backups, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+	// The first start has made a backup of nothing; the next makes one of this.
+	until(t, takotest.StartWait, "the first backup", func() bool { return len(list()) == 1 })
+	if err := errors.Join(s.Stop(), os.Remove(list()[0]), s.Start()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "a backup", func() bool { return len(list()) == 1 && filepath.Ext(list()[0]) == ".sqlite3" })
+	settle(t, s, "after a restart", old)
+	damages := map[string]func(text []byte) error{
+		"cut in the middle": func(text []byte) error { return os.Truncate(database, int64(len(text)/2)) },
+		"torn": func(text []byte) error { // pages of it are of another time
+			for at := 4096; at < len(text); at += 3 * 4096 {
+				copy(text[at:min(at+2048, len(text))], bytes.Repeat([]byte{0xa5}, 2048))
+			}
+			return os.WriteFile(database, text, 0o600)
+		},
+		"gone":  func([]byte) error { return os.Remove(database) },
+		"empty": func([]byte) error { return os.Truncate(database, 0) },
+	}
+	for _, name := range slices.Sorted(maps.Keys(damages)) {
+		next := fireOps(old, 1)[0] // a deploy that no backup has
+		if err := next.ask(s); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Stop(); err != nil { // the log is in the database then
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(database)
+		if err == nil {
+			err = damages[name](text)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		logged := len(s.Log())
+		if err := s.Start(); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		for _, said := range []string{"the database is damaged or missing", "a backup took the place of the database"} {
+			if !strings.Contains(s.Log()[logged:], said) {
+				t.Errorf("%s: the log does not say: %s", name, said)
+			}
+		}
+		// The row is the backup's, and so is the route. Secrets are not in it: those
+		// of the deploy that is lost stay, and belong to the app as before.
+		restored := old
+		app := *old.App
+		app.Secret = next.after(old).App.Secret
+		restored.App = &app
+		settle(t, s, name, restored).served(t, s)
+		data, err := s.Ask("server_info", nil)
+		var info struct {
+			Restored *struct {
+				Backup  string  `json:"backup"`
+				Damaged *string `json:"damaged"`
+			} `json:"restored"`
+		}
+		if err == nil {
+			err = json.Unmarshal(data, &info)
+		}
+		if r := info.Restored; err != nil || r == nil || r.Backup != list()[0] || (r.Damaged == nil) != (name == "gone") {
+			t.Errorf("%s: server_info has %s, %v", name, data, err)
+		}
+		if out, _, _, err := s.Ctl(t.Context(), "server", "info"); err != nil || !strings.Contains(out, "what was changed after that backup is lost") {
+			t.Errorf("%s: takoctl says %s, %v", name, out, err)
+		}
+		old = restored
+		if err := s.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Start(); err != nil {
+			t.Fatal(err)
+		}
+		settle(t, s, name+", and the start after that", old)
 	}
 }
 

@@ -117,6 +117,7 @@ type ServerInfo struct {
 	Isolation            string            `json:"isolation"` // which walls stand, in a sentence
 	Processes            []Process         `json:"processes"`
 	Reload               *ReloadInfo       `json:"reload,omitempty"`
+	Restored             *Restored         `json:"restored,omitempty"`
 	Limits               map[string]uint64 `json:"limits"` // every named limit of the server
 }
 
@@ -126,6 +127,14 @@ const (
 	RoleOwner    = "owner"
 	RoleFollower = "follower"
 )
+
+// Restored says when a backup last took the place of a damaged or missing database.
+// What was changed after the backup was made is lost.
+type Restored struct {
+	At      int64   `json:"at_unix_secs"`
+	Backup  string  `json:"backup"`
+	Damaged *string `json:"damaged"` // what was set aside; null if the database was missing
+}
 
 // ReloadInfo is what is known of reloads.
 type ReloadInfo struct {

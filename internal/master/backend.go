@@ -396,6 +396,13 @@ func (s *server) ServerInfo(ctx context.Context) (management.ServerInfo, error) 
 			LeaseSecs: int64(max(store.UpgradeLease-lock.Idle(time.Now()), 0) / time.Second),
 		}
 	}
+	// What cannot be read of it was logged when it happened.
+	if r, err := s.db.LastRestore(ctx); err == nil && r != nil {
+		info.Restored = &management.Restored{At: r.At.Unix(), Backup: r.Backup}
+		if r.Damaged != "" {
+			info.Restored.Damaged = &r.Damaged
+		}
+	}
 	return info, nil
 }
 
