@@ -276,7 +276,7 @@ func (r *run) logsCommand() *cobra.Command {
 	var app string
 	c := &cobra.Command{
 		Use: "logs APP", Short: "Show what an app wrote", Args: cobra.MaximumNArgs(1),
-		Long:    "Logs shows the newest lines of an app's output, oldest first. With --json each\nline is a JSON object of its own.",
+		Long:    "Logs shows the newest lines of an app's output, oldest first. With --json each\nline is a JSON object of its own. -f goes on through a reload of the server.",
 		Example: "  takoctl logs blog -n 20\n  takoctl logs blog -f",
 	}
 	c.Flags().Uint32VarP(&lines, "lines", "n", management.DefaultLogLines, "how many lines")
@@ -299,6 +299,9 @@ func (r *run) logsCommand() *cobra.Command {
 			return usagef("logs wants one app: takoctl logs APP")
 		}
 		req := management.LogsRequest{App: tako.AppID(app), Lines: int(lines), Follow: follow}
+		if follow {
+			return r.follow(ctx, s, req)
+		}
 		return s.Logs(ctx, req, r.logLine)
 	})
 }
