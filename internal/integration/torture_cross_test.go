@@ -546,3 +546,67 @@ func TestEverythingIsAsAtAFreshStart(t *testing.T) {
 	}
 	row(t, fmt.Sprintf("%d rounds of reloads, failed ones and deaths", rounds), 0, 0, fmt.Sprintf("%d descriptors, processes and files as at the start", len(before)))
 }
+
+// TestFollowedLogsGoOnThroughReloads: takoctl logs -f shows each line once, in
+// order, whatever the server does meanwhile.
+func TestFollowedLogsGoOnThroughReloads(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{})
+	deployPlain(t, s, "good2")
+	client := s.Client(takotest.HTTP1)
+	t.Cleanup(client.CloseIdleConnections)
+	say := func(text string) {
+		t.Helper()
+		if a, err := getWith(t.Context(), client, s.URL(takotest.HTTP1, "good2.localhost/print?line="+text)); err != nil || a.StatusCode != http.StatusOK {
+			t.Fatalf("print: %v, %v", a.Response, err)
+		}
+	}
+	f := follow(t, s, "good2")
+	until(t, 10*time.Second, "it follows", func() bool {
+		say("begin")
+		select {
+		case <-f.lines:
+			return true
+		case <-time.After(50 * time.Millisecond):
+			return false
+		}
+	})
+	reloads, said := long(10, 3), 0
+	for range reloads {
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			if r := reload(t, s); r.LastError != "" {
+				t.Error(r.LastError)
+			}
+		}()
+		for after := 0; after < 20; {
+			say(fmt.Sprintf("line-%06d-", said))
+			said++
+			select {
+			case <-done:
+				after++
+			default:
+			}
+		}
+	}
+	say("the-end")
+	next, late := 0, time.After(takotest.AskWait)
+	for over := false; !over; {
+		select {
+		case line := <-f.lines:
+			if strings.Contains(line, "line-") && !strings.Contains(line, fmt.Sprintf("line-%06d-", next)) {
+				t.Fatalf("line %d was to come, and came: %s", next, line)
+			} else if strings.Contains(line, "line-") {
+				next++
+			}
+			over = strings.Contains(line, "the-end")
+		case <-late:
+			t.Fatalf("after line %d no other came", next)
+		}
+	}
+	row(t, fmt.Sprintf("takoctl logs -f through %d reloads", reloads), said, said-next, "each line came once and in order")
+	if next != said {
+		t.Errorf("%d of %d lines came", next, said)
+	}
+}
