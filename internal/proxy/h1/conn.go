@@ -2,6 +2,7 @@ package h1
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
 	"io"
 	"net"
@@ -389,7 +390,7 @@ func (c *conn) exchange() bool {
 	case !x.ended || x.aborted || c.interrupted.Load():
 		c.drop(x.mode == untilClose)
 		return false
-	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW):
+	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW || c.pending()):
 		_ = c.sock.SetReadDeadline(time.Time{})
 		c.linger()
 		c.drop(false)
@@ -493,7 +494,7 @@ func (c *conn) look(clock int64, every time.Duration) {
 		}
 	case exchanging:
 		c.lookAtBody(clock, every)
-		if over(since, GoneTime) {
+		if over(since, cmp.Or(c.srv.goneTime, GoneTime)) {
 			c.lookForClient(clock, every)
 		} else {
 			c.finAt = 0

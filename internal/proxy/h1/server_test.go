@@ -97,7 +97,7 @@ func limits() message.Limits {
 
 func serveOn(t testing.TB, network string, l message.Limits, secure *tls.Config, h message.Handler) *server {
 	t.Helper()
-	return start(t, network, &Server{Handler: h, Limits: l, Log: hclog.NewNullLogger()}, secure)
+	return start(t, network, &Server{Handler: h, Limits: l, Log: hclog.NewNullLogger(), goneTime: 10 * time.Millisecond}, secure)
 }
 
 // start has s serve what connects to a new address.
@@ -725,7 +725,7 @@ func TestABodyIsSpliced(t *testing.T) {
 
 func TestASlowHeadIsAnsweredAndASilentConnectionJustCloses(t *testing.T) {
 	l := limits()
-	l.Head = 50 * time.Millisecond
+	l.Head = 400 * time.Millisecond // the second one's request is to come in this time
 	everywhere(t, l, echo, func(t *testing.T, s *server) {
 		slow := s.dial().send("GET / HTTP/1.1\r\n")
 		silent := s.dial()
