@@ -53,10 +53,10 @@ var mayImport = map[string][]string{
 	"internal/proxy/upstream":   {"internal/proxy/message", "internal/proxy/h1"},
 	"internal/agent/launch":     {"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox"},
 	"internal/agent/health":     {"internal/tako", "internal/wire"},
-	"internal/store":            {"internal/tako"},
+	"internal/store":            {"internal/tako", "internal/uptime"},
 	"internal/management":       {"internal/tako", "internal/route"},
 	"internal/rollout":          {"internal/tako"},
-	"internal/handoff":          {"internal/ipc"},
+	"internal/handoff":          {"internal/ipc", "internal/uptime"},
 	"internal/fdstore":          {"internal/ipc"},
 	"internal/cert":             {"internal/tako", "internal/atomicfile"},
 
@@ -71,6 +71,7 @@ var mayImport = map[string][]string{
 	"internal/sandbox":    nil,
 	"internal/ipc":        nil,
 	"internal/logging":    nil,
+	"internal/uptime":     nil,
 	"internal/version":    nil,
 
 	// Words.

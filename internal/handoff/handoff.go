@@ -44,6 +44,9 @@ const seals = unix.F_SEAL_SEAL | unix.F_SEAL_SHRINK | unix.F_SEAL_GROW | unix.F_
 // closes it.
 func Save(state any) (ipc.FD, error) {
 	b, err := json.Marshal(state)
+	if err == nil {
+		b, err = stamped(b)
+	}
 	if err != nil {
 		return 0, fmt.Errorf("save state: %w", err)
 	}
@@ -69,7 +72,9 @@ func Save(state any) (ipc.FD, error) {
 	return ipc.FD(fd), nil
 }
 
-// Read fills state from a memfd that Save made, which stays open.
+// Read fills state, a pointer, from a memfd that Save made, which stays open. The
+// times in it are as far from now as they were, whatever the clock was set to since
+// or will be: they have the monotonic clock of this process.
 func Read(fd ipc.FD, state any) error {
 	got, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
 	if err != nil || got&seals != seals {
@@ -96,6 +101,8 @@ func Read(fd ipc.FD, state any) error {
 	if err := json.Unmarshal(b, state); err != nil {
 		return fmt.Errorf("read state: %w", err)
 	}
+	now := clockNow()
+	anchor(state, now.Wall, jumped(b, now))
 	return nil
 }
 

@@ -12,6 +12,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/tako"
+	"tako/internal/uptime"
 )
 
 // The reasons for which a database cannot be followed, or not changed.
@@ -46,7 +47,7 @@ func follow(ctx context.Context, o Options, all []migration) (*DB, error) {
 		o.Now = time.Now
 	}
 	if o.Uptime == nil {
-		o.Uptime = uptime
+		o.Uptime = uptime.Now
 	}
 	if o.Log == nil {
 		o.Log = hclog.NewNullLogger()

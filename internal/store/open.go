@@ -19,6 +19,7 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 
 	"tako/internal/tako"
+	"tako/internal/uptime"
 )
 
 // The reasons for which Open refuses a file it leaves as it is.
@@ -52,7 +53,7 @@ func open(ctx context.Context, o Options, all []migration) (*DB, error) {
 		o.Now = time.Now
 	}
 	if o.Uptime == nil {
-		o.Uptime = uptime
+		o.Uptime = uptime.Now
 	}
 	if o.Log == nil {
 		o.Log = hclog.NewNullLogger()

@@ -6,11 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"tako/internal/tako"
 )
@@ -198,19 +194,6 @@ func (d *DB) readLease(ctx context.Context, tx *sql.Tx, l *Lock, now time.Time) 
 	}
 	l.AcquiredAt, l.RenewedAt = ago(of.AcquiredUp), ago(of.RenewedUp)
 	return nil
-}
-
-// uptime is the kernel's: it goes on while the machine sleeps.
-func uptime() (boot string, up time.Duration) {
-	id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return "", 0
-	}
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts); err != nil {
-		return "", 0
-	}
-	return strings.TrimSpace(string(id)), time.Duration(ts.Nano())
 }
 
 // ServerValue returns a value of the server itself, nil if it was never set.

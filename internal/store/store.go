@@ -33,7 +33,7 @@ type Options struct {
 	// Now is time.Now if nil.
 	Now func() time.Time
 	// Uptime is by what the lease of the upgrade lock is counted, since nobody sets
-	// it: the boot that runs and how long it has. nil is the kernel's; an empty boot
+	// it: the boot that runs and how long it has. nil is uptime.Now; an empty boot
 	// is one that is not known.
 	Uptime func() (boot string, up time.Duration)
 }
