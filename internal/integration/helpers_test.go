@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,6 +92,21 @@ func lay(t *testing.T, s *takotest.Server, app, version string, manifest map[str
 	t.Helper()
 	if err := takotest.WriteApp(releaseDir(s, app, version), manifest, flags...); err != nil {
 		t.Fatal(err)
+	}
+	if id := int(s.User()); id != 0 {
+		err := filepath.WalkDir(filepath.Join(s.Data, "apps", app), func(path string, e os.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			fi, err := e.Info()
+			if err == nil && fi.Sys().(*syscall.Stat_t).Uid == 0 { // ours: what was just laid
+				err = os.Lchown(path, id, id)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 

@@ -18,9 +18,13 @@ import (
 	"tako/internal/wire"
 )
 
-// HeedRetry is how long a second server lets be what it could not do after the
-// owner: an instance that does not become well, say.
-const HeedRetry = 10 * time.Second
+// What a second server could not do after the owner, because an instance does not
+// become well, say, it tries again: HeedRetry later, and after growing pauses of
+// at most HeedRetryMost.
+const (
+	HeedRetry     = time.Second
+	HeedRetryMost = time.Minute
+)
 
 // SecretsWait bounds the wait for secrets.json to be what the database says: the
 // owner moves it into its place after the commit.
@@ -37,13 +41,19 @@ type follower struct {
 	failure  string
 
 	mu    sync.Mutex
-	retry map[tako.AppID]time.Time // apps that could not follow: not before then
+	retry map[tako.AppID]retry // apps that could not follow
+}
+
+// A retry is when an app may try again, and the pause that led there.
+type retry struct {
+	at    time.Time
+	pause time.Duration
 }
 
 // overlap is what a server has to do with another one of its data root, until ctx
 // ends: to follow it, then to take its place; and to let itself be followed.
 func (s *server) overlap(ctx context.Context) {
-	f := &follower{server: s, ctx: ctx, retry: make(map[tako.AppID]time.Time)}
+	f := &follower{server: s, ctx: ctx, retry: make(map[tako.AppID]retry)}
 	defer f.heeding.Wait()
 	if s.follows() {
 		if !f.follow() {
@@ -158,7 +168,7 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 		}
 		calm = false
 		f.mu.Lock()
-		wait := time.Now().Before(f.retry[id])
+		wait := time.Now().Before(f.retry[id].at)
 		f.mu.Unlock()
 		if wait {
 			continue
@@ -175,18 +185,26 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 			// be handed over. Each step has its own limits.
 			err := a.heed(context.WithoutCancel(f.ctx))
 			a.endOp()
-			f.mu.Lock()
-			if delete(f.retry, id); err != nil {
-				f.retry[id] = time.Now().Add(HeedRetry)
-			}
-			f.mu.Unlock()
-			if err != nil && !errors.Is(err, errNoServer) {
-				a.log.Error("the owner's change was not followed; tried again soon", logging.Err, err, "in", HeedRetry.String())
-			}
+			f.heeded(a, err)
 			f.lookSoon()
 		})
 	}
 	return calm, under
+}
+
+// heeded notes how an app could follow.
+func (f *follower) heeded(a *app, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err == nil {
+		delete(f.retry, a.id)
+		return
+	}
+	pause := min(max(2*f.retry[a.id].pause, HeedRetry), HeedRetryMost)
+	f.retry[a.id] = retry{at: time.Now().Add(pause), pause: pause}
+	if !errors.Is(err, errNoServer) {
+		a.log.Error("the owner's change was not followed; trying again", logging.Err, err, "in", pause.String())
+	}
 }
 
 // sameApp reports whether two registrations ask for the same. What was given to an
@@ -358,7 +376,7 @@ func (a *app) rollAfter(ctx context.Context, want store.App) error {
 		return err
 	}
 	if d.Failure != nil {
-		return a.deployError(d, want.Instances == 0)
+		return errors.New(d.Failure.Reason)
 	}
 	a.mu.Lock()
 	revision := a.published

@@ -140,6 +140,9 @@ func StartServer(t testing.TB, o Options) *Server {
 // SetFlags changes the flags of the next start.
 func (s *Server) SetFlags(flags ...string) { s.options.Flags = flags }
 
+// User is who the server runs as, by number; 0 is who the test runs as.
+func (s *Server) User() uint32 { return s.options.User }
+
 // Program is the path of one of tako's programs.
 func (s *Server) Program(name string) string { return filepath.Join(s.Dir, "bin", name) }
 
