@@ -28,8 +28,10 @@ type Incoming struct {
 
 	out  *Outgoing
 	c    *Cancel
-	l    *link   // nil once it was given back
-	s    *sender // nil without one
+	l    *link       // nil once it was given back
+	s    *sender     // nil without one
+	x    *h2exchange // instead of l and s, over HTTP/2
+	body *h2body     // of what was x
 	head h1.ResponseHead
 	buf  *h1.Buffer // head, and buf.B[at:end] of the body
 	at   int
@@ -39,9 +41,10 @@ type Incoming struct {
 	how     bodyKind
 	left    int64 // of a counted body, not yet read from the connection
 	chunks  h1.ChunkReader
-	over    bool // the body came whole
-	surplus bool // and more, or perhaps more
-	unsure  bool // whether more came was not seen
+	over    bool            // the body came whole
+	surplus bool            // and more, or perhaps more
+	unsure  bool            // whether more came was not seen
+	trailer []message.Field // over HTTP/2
 	err     error
 }
 
@@ -74,7 +77,7 @@ func (in *Incoming) open(c *Cancel, r *Outgoing) {
 // forget forgets all that an exchange has found.
 func (in *Incoming) forget() {
 	in.Response, in.Unsent, in.Tunnel = message.Response{}, false, nil
-	in.l, in.s, in.buf = nil, nil, nil
+	in.l, in.s, in.x, in.body, in.buf, in.trailer = nil, nil, nil, nil, nil, nil
 	in.at, in.end, in.had = 0, 0, false
 	in.how, in.left, in.over, in.surplus, in.unsure, in.err = bodyNone, 0, false, false, false, nil
 }
@@ -94,8 +97,8 @@ func (in *Incoming) Buffered() []byte {
 	return b
 }
 
-// Rest returns how many bytes of the body are outstanding, what is Buffered
-// apart, or message.Unknown.
+// Rest returns how many bytes of the body are outstanding on the connection, what
+// is Buffered apart, or message.Unknown, as ever where a connection is shared.
 func (in *Incoming) Rest() int64 {
 	switch {
 	case in.over:
@@ -119,10 +122,12 @@ func (in *Incoming) Read(p []byte) (int, error) {
 		return 0, in.err
 	case in.over:
 		return 0, io.EOF
-	case in.l == nil:
-		return 0, errClosed
 	case len(p) == 0:
 		return 0, nil
+	case in.x != nil:
+		return in.x.read(p)
+	case in.l == nil:
+		return 0, errClosed
 	}
 	n, err := in.read(p)
 	if err != nil {
@@ -230,15 +235,20 @@ func (in *Incoming) broken(err error) error {
 // Trailer returns the fields after the body, once all of it has come. Fields
 // about the hop are not among them.
 func (in *Incoming) Trailer() []message.Field {
-	if in.how != bodyChunked || !in.over {
-		return nil
+	if in.how == bodyChunked && in.over {
+		return in.chunks.Trailer()
 	}
-	return in.chunks.Trailer()
+	return in.trailer
 }
 
 // release gives the connection back if the answer came whole and all else is in
 // order, and closes it if not.
 func (in *Incoming) release(whole bool) {
+	if x := in.x; x != nil {
+		in.x, in.body = nil, x.body
+		x.release()
+		return
+	}
 	l := in.l
 	if l == nil {
 		return
@@ -258,6 +268,7 @@ func (in *Incoming) release(whole bool) {
 func (in *Incoming) Close() {
 	in.release(in.over)
 	in.s.join()
+	in.body.join()
 	if cap(in.head.Fields) > maxKeptFields {
 		in.head.Fields = nil
 	}
