@@ -599,6 +599,13 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 				if after := about(t, s, now.App.Route); after.PID != before.PID {
 					t.Errorf("pid %d serves, before %d", after.PID, before.PID)
 				}
+				if err := s.KillProcess(before.PID); err != nil {
+					t.Fatal(err)
+				}
+				until(t, takotest.StartWait, "an instance that dies is replaced", func() bool {
+					after, err := tryAbout(s, now.App.Route)
+					return err == nil && after.PID != before.PID
+				})
 			}
 			if refused == 0 {
 				t.Error("nothing was refused")
