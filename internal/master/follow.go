@@ -41,7 +41,8 @@ type follower struct {
 	failure  string
 
 	mu    sync.Mutex
-	retry map[tako.AppID]retry // apps that could not follow
+	busy  int                  // apps that follow now
+	retry map[tako.AppID]retry // apps that could not
 }
 
 // A retry is when an app may try again, and the pause that led there.
@@ -160,7 +161,10 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 			ids[a.id] = store.App{}
 		}
 	}
-	calm = true
+	f.mu.Lock()
+	under = f.busy > 0 // before the registrations are looked at: they change first
+	f.mu.Unlock()
+	calm = !under
 	for id, want := range ids {
 		a := f.app(id)
 		if sameApp(a.registration(), want) {
@@ -180,6 +184,9 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 		if restoring || !a.tryOp() {
 			continue // it is being done
 		}
+		f.mu.Lock()
+		f.busy++
+		f.mu.Unlock()
 		f.heeding.Go(func() {
 			// Not to be cut off by a reload, which waits for it: half a rollout cannot
 			// be handed over. Each step has its own limits.
@@ -196,6 +203,7 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 func (f *follower) heeded(a *app, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.busy--
 	if err == nil {
 		delete(f.retry, a.id)
 		return
