@@ -68,20 +68,21 @@ var budgets = [floods]struct {
 // purse holds what is left of a connection's budgets.
 type purse struct {
 	spent  [floods]int32
-	filled [floods]time.Duration // when spent was last looked at
+	filled [floods]time.Duration // when spent was last reduced
 }
 
 // spend takes one from a budget and reports whether it was there.
 func (p *purse) spend(f flood, now func() time.Duration) bool {
-	if p.spent[f]++; p.spent[f] <= budgets[f].burst {
-		return true
+	burst := budgets[f].burst
+	if p.spent[f] == burst {
+		at := now()
+		back := int64(at-p.filled[f]) * int64(budgets[f].rate) / int64(time.Second)
+		if back <= 0 {
+			return false
+		}
+		p.filled[f] = at
+		p.spent[f] -= int32(min(back, int64(burst))) //nolint:gosec // at most burst
 	}
-	at := now()
-	back := int64(at-p.filled[f]) * int64(budgets[f].rate) / int64(time.Second)
-	if back <= 0 {
-		return false
-	}
-	p.filled[f] = at
-	p.spent[f] = max(0, p.spent[f]-int32(min(back, int64(budgets[f].burst)))) //nolint:gosec // at most burst
-	return p.spent[f] <= budgets[f].burst
+	p.spent[f]++
+	return true
 }

@@ -25,7 +25,6 @@ type encoder struct {
 	entries []entry // the newest is the last
 	size    int
 	max     int
-	lowest  int  // the least max since the last block
 	resized bool // to be told at the beginning of the next block
 	seen    [64]uint32
 }
@@ -38,17 +37,15 @@ type entry struct {
 
 func (e *encoder) init() { e.max = tableSize }
 
-// resize takes the peer's SETTINGS_HEADER_TABLE_SIZE.
+// resize takes the peer's SETTINGS_HEADER_TABLE_SIZE. Of several before a block
+// the least counts, which one update can tell: decoders are about that refuse a
+// second one.
 func (e *encoder) resize(n uint32) {
 	size := int(min(n, tableSize))
-	if !e.resized {
-		if size == e.max {
-			return
-		}
-		e.resized, e.lowest = true, size
+	if size == e.max || e.resized && size > e.max {
+		return
 	}
-	e.lowest = min(e.lowest, size)
-	e.max = size
+	e.resized, e.max = true, size
 	e.evict(0)
 }
 
@@ -68,9 +65,6 @@ func (e *encoder) evict(room int) {
 func (e *encoder) begin(b []byte) []byte {
 	if e.resized {
 		e.resized = false
-		if e.lowest < e.max {
-			b = appendInt(b, 0x20, 5, uint64(e.lowest)) //nolint:gosec // not negative
-		}
 		b = appendInt(b, 0x20, 5, uint64(e.max)) //nolint:gosec // not negative
 	}
 	return b

@@ -7,7 +7,6 @@ import (
 	"net"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -69,21 +68,22 @@ type peer struct {
 	srv    *Server
 	nc     net.Conn
 	fr     *http2.Framer
-	block  bytes.Buffer
+	block  *bytes.Buffer
 	enc    *hpack.Encoder
 	events chan event // closed at the end of the connection
 	served chan struct{}
-	gate   sync.Mutex // held: the peer does not read
-	auto   bool       // give back windows
+	gate   chan struct{} // full: the peer does not read
+	auto   bool          // give back windows
+	stash  []event       // what came and nobody asked for
 }
 
 // quietly makes a connection that has said nothing.
 func quietly(t testing.TB, srv *Server) *peer {
 	t.Helper()
 	near, far := net.Pipe()
-	p := &peer{t: t, srv: srv, nc: near, fr: http2.NewFramer(near, near), events: make(chan event, 1<<16), served: make(chan struct{})}
+	p := &peer{t: t, block: new(bytes.Buffer), srv: srv, nc: near, fr: http2.NewFramer(near, near), events: make(chan event, 1<<16), served: make(chan struct{}), gate: make(chan struct{}, 1)}
 	p.fr.AllowIllegalWrites = true
-	p.enc = hpack.NewEncoder(&p.block)
+	p.enc = hpack.NewEncoder(p.block)
 	go func() {
 		defer close(p.served)
 		srv.Serve(far, &message.Client{Secure: true})
@@ -98,6 +98,10 @@ func quietly(t testing.TB, srv *Server) *peer {
 
 func (p *peer) close() {
 	_ = p.nc.Close()
+	select {
+	case <-p.gate:
+	default:
+	}
 	<-p.served
 	for range p.events {
 	}
@@ -110,8 +114,8 @@ func (p *peer) read() {
 	dec := hpack.NewDecoder(tableSize, func(f hpack.HeaderField) { head.fields = append(head.fields, f) })
 	b := make([]byte, headerSize+frameSize)
 	for {
-		p.gate.Lock()
-		p.gate.Unlock() //nolint:staticcheck // a gate
+		p.gate <- struct{}{}
+		<-p.gate
 		if _, err := io.ReadFull(p.nc, b[:headerSize]); err != nil {
 			return
 		}
@@ -230,13 +234,23 @@ func (p *peer) next() (event, bool) {
 	}
 }
 
-// await returns the next frame of one of those kinds on that stream, and skips
-// what there is on other streams, and WINDOW_UPDATE.
+// await returns the next frame of one of those kinds on that stream. It puts
+// aside what there is on other streams, and skips WINDOW_UPDATE.
 func (p *peer) await(kind http2.FrameType, id uint32, or ...http2.FrameType) event {
 	p.t.Helper()
 	kinds := append(or, kind)
-	for {
-		e, ok := p.next()
+	for i := 0; ; {
+		var e event
+		ok := true
+		if i < len(p.stash) {
+			if e = p.stash[i]; e.id != id {
+				i++
+				continue
+			}
+			p.stash = slices.Delete(p.stash, i, i+1)
+		} else {
+			e, ok = p.next()
+		}
 		switch {
 		case !ok:
 			p.t.Fatalf("the connection ended; want %v on %d", kinds, id)
@@ -245,6 +259,10 @@ func (p *peer) await(kind http2.FrameType, id uint32, or ...http2.FrameType) eve
 		case e.id != id || e.kind == http2.FrameWindowUpdate:
 			if e.kind == http2.FrameGoAway && e.code() != http2.ErrCodeNo {
 				p.t.Fatalf("got GOAWAY %v, want %v on %d", e.code(), kinds, id)
+			}
+			if e.id != id && e.kind != http2.FrameWindowUpdate {
+				p.stash = append(p.stash, e)
+				i = len(p.stash)
 			}
 		default:
 			p.t.Fatalf("got %v; want %v on %d", e, kinds, id)
@@ -343,6 +361,29 @@ func (p *peer) wantEnd() {
 		}
 	}
 }
+
+// fork is for another goroutine to send by. A failure ends it by a panic that
+// unfork takes.
+func (p *peer) fork() *peer {
+	q := &peer{t: quiet{p.t}, nc: p.nc, fr: http2.NewFramer(p.nc, nil), block: new(bytes.Buffer)}
+	q.fr.AllowIllegalWrites = true
+	q.enc = hpack.NewEncoder(q.block)
+	return q
+}
+
+type cut struct{}
+
+func unfork() {
+	if v := recover(); v != nil && v != (cut{}) {
+		panic(v)
+	}
+}
+
+// quiet ends by a panic what would fail the test.
+type quiet struct{ testing.TB }
+
+func (quiet) Fatal(...any) { panic(cut{}) }
+func (quiet) Helper()      {}
 
 // ok answers with 200 and no body, having read the request's.
 func ok(x message.Exchange) {
