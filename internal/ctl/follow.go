@@ -85,12 +85,16 @@ func (r *run) follow(ctx context.Context, s *conn, req management.LogsRequest) e
 			return nil
 		}
 		err = r.with(ctx, func(ctx context.Context, s *conn) error {
-			again, n := req, 0
+			again, n, known := req, 0, before.n == 0
 			again.Lines = followOverlap
 			return s.Logs(ctx, again, func(l management.LogLine) error {
 				lost = time.Now()
 				if n++; n <= followOverlap && (before.old(l) || before.n == 0 && lineTime(l).Before(began)) {
+					known = true
 					return nil
+				}
+				if n == followOverlap && !known {
+					r.step("more lines came meanwhile than are shown: see the log files")
 				}
 				return show(l)
 			})
