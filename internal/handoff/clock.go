@@ -66,14 +66,14 @@ func anchor(v any, now time.Time, jump time.Duration) {
 var timeType = reflect.TypeFor[time.Time]()
 
 func anchorValue(v reflect.Value, now time.Time, jump time.Duration) {
-	switch v.Kind() {
+	switch v.Kind() { //nolint:exhaustive // the rest holds no times that JSON fills
 	case reflect.Pointer:
 		if !v.IsNil() {
 			anchorValue(v.Elem(), now, jump)
 		}
 	case reflect.Struct:
 		if v.Type() == timeType {
-			if t, ok := v.Interface().(time.Time); ok && !t.IsZero() && v.CanSet() {
+			if t, ok := reflect.TypeAssert[time.Time](v); ok && !t.IsZero() && v.CanSet() {
 				v.Set(reflect.ValueOf(now.Add(t.Sub(now) + jump)))
 			}
 			return

@@ -334,7 +334,7 @@ func TestFireFullDiskDuringEveryCommand(t *testing.T) {
 			base = fireBase(t, s, got)
 		}
 	}
-	t.Logf("%d commands found no room and changed nothing, %d were done", refused, done)
+	row(t, "every command with little or no room on the disk", refused+done, 0, fmt.Sprintf("commands: %d found no room and changed nothing, %d were done", refused, done))
 	if refused == 0 || done == 0 {
 		t.Errorf("the room left is no test: %d refused, %d done", refused, done)
 	}
@@ -461,7 +461,7 @@ func TestFirePowerCutsLoseNothingAcknowledged(t *testing.T) {
 		}
 		nothingHalf(t, s)
 	}
-	t.Logf("%d power cuts under %d acknowledged commands; of the %d under way %d were whole", cuts, acked, cuts, whole)
+	row(t, fmt.Sprintf("%d power cuts", cuts), acked, 0, fmt.Sprintf("acknowledged commands, none lost; of the %d under way %d were whole", cuts, whole))
 	if acked == 0 {
 		t.Error("no command was acknowledged")
 	}
@@ -560,6 +560,7 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 			names = append(names, op.name)
 		}
 	}
+	failing := 0
 	for _, first := range names {
 		t.Run(first, func(t *testing.T) {
 			thin := t.TempDir()
@@ -610,12 +611,16 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 			if refused == 0 {
 				t.Error("nothing was refused")
 			}
+			failing += refused
 			if err := errors.Join(s.Kill(), os.Remove(filler), unmount(s.Data), mountImage(image, s.Data), s.Start()); err != nil {
 				t.Fatalf("start on the disk that works again: %v", err)
 			}
 			settle(t, s, "after a start on the disk that works again", now).served(t, s)
 			nothingHalf(t, s)
 		})
+	}
+	if failing > 0 {
+		row(t, "every command on a disk that fails", failing, 0, "commands that met an I/O error and changed nothing")
 	}
 }
 
@@ -708,6 +713,7 @@ func TestFireDamagedDatabaseIsReplacedByABackupAndSaid(t *testing.T) {
 		}
 		settle(t, s, name+", and the start after that", old)
 	}
+	row(t, "a damaged database", len(damages), 0, "starts from the newest backup, said each time")
 }
 
 func btoi(b bool) int {
