@@ -90,7 +90,8 @@ func TestAReloadRightAfterAProxyDied(t *testing.T) {
 	s := start(t, takotest.Options{})
 	deploy(t, s, "blog", "1", quick(nil))
 	proxy := serving(t, s, "tako-proxy", 0)
-	for i := range long(15, 4) {
+	reloads := long(15, 4)
+	for i := range reloads {
 		if err := s.Signal(proxy, os.Kill); err != nil {
 			t.Fatal(err)
 		}
@@ -102,4 +103,5 @@ func TestAReloadRightAfterAProxyDied(t *testing.T) {
 		}
 		proxy = children(settled(t, s), "tako-proxy", "")[0].PID
 	}
+	row(t, fmt.Sprintf("%d reloads right after a kill -9 of tako-proxy", reloads), reloads, 0, "each waited for the next proxy to be ready")
 }

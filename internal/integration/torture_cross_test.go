@@ -356,6 +356,7 @@ func TestAFurtherReloadWaitsForOldProxies(t *testing.T) {
 	if n := known(t, s).Reload.Count; n != 3 {
 		t.Errorf("%d reloads, want 3", n)
 	}
+	row(t, "a third reload while two old proxies drain", 0, 0, "waited for the first of them, whose WebSocket lived on until its client left")
 }
 
 // deployPlain deploys an app that is served without TLS too.
@@ -420,6 +421,7 @@ func TestTwoImagesThatCannotGoOnEndInOrder(t *testing.T) {
 		t.Errorf("exit status %d, %v", code, err)
 	}
 	until(t, takotest.StopWait, "the end of its children and instances", func() bool { return len(s.Processes()) == 0 })
+	row(t, "neither the new image nor the old one can go on", 0, 0, "all ended in order, status 1, nothing orphaned")
 }
 
 // TestAReloadWaitsForCommands, and is refused by their name when they do not end.
@@ -460,7 +462,7 @@ func TestAReloadWaitsForCommands(t *testing.T) {
 	}
 	row(t, "a reload while a deploy takes longer than 120 s", 1, 0, fmt.Sprintf("refused by its name after %s", time.Since(began).Round(time.Second)))
 	deployPlain(t, s, "other") // others are not held up by it
-	<-done // its client gives up before
+	<-done                     // its client gives up before
 	until(t, 2*time.Minute, "the end of the deploy that a reload did not wait for", func() bool { return status(t, s, "blog").Version == "3" })
 	good(t, s, "a reload after it")
 }
