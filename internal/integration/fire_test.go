@@ -291,11 +291,19 @@ func TestFireFullDiskDuringEveryCommand(t *testing.T) {
 	if soaking() {
 		room = []int64{0, 4 << 10, 8 << 10, 12 << 10, 16 << 10, 20 << 10, 24 << 10, 32 << 10, 48 << 10, 64 << 10, 128 << 10, 512 << 10, 2 << 20}
 	}
+	uploaded := filepath.Join(t.TempDir(), "uploaded")
+	fireRelease(t, uploaded)
+	if err := os.WriteFile(filepath.Join(uploaded, "large"), make([]byte, 100<<10), 0o644); err != nil {
+		t.Fatal(err)
+	}
 	refused, done := 0, 0
-	for _, op := range append(fireOps(base, 1), fireOps(upgrading, 1)...) {
-		for _, bytes := range room {
+	for _, op := range slices.Concat(fireOps(base, 1), fireOps(upgrading, 1), []fireOp{fireUpload(uploaded, 1)}) {
+		for i, bytes := range room {
 			when := fmt.Sprintf("with %d KiB left", bytes>>10)
 			before := base
+			if op.name == "takoctl deploy" {
+				op = fireUpload(uploaded, i) // a version is uploaded once
+			}
 			if op.name == "exit_upgrading" {
 				if _, err := s.Ask("enter_upgrading", map[string]any{"owner": "fire"}); err != nil {
 					t.Fatal(err)
@@ -584,7 +592,9 @@ func TestFireIOErrorsChangeNothing(t *testing.T) {
 			before := about(t, s, now.App.Route)
 			filler := fillDisk(t, thin)
 			refused := 0
-			ops := fireOps(now, 1)
+			uploaded := filepath.Join(t.TempDir(), "uploaded")
+			fireRelease(t, uploaded)
+			ops := append(fireOps(now, 1), fireUpload(uploaded, 1))
 			slices.SortStableFunc(ops, func(a, b fireOp) int { return cmp.Compare(btoi(b.name == first), btoi(a.name == first)) })
 			for _, op := range ops {
 				if now.App == nil || now.Mode != "normal" {

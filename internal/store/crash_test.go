@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -37,6 +38,73 @@ func writeUntilKilled(dir string) {
 		}
 	}
 	os.Stdout.WriteString(err.Error() + "\n")
+}
+
+// TestTornLogLosesItsTornEndAlone cuts the log of a state at random places, as a
+// disk does that loses what was not synced, and writes over its end: what is whole
+// before that is found, in the order of the changes, and no backup is needed.
+func TestTornLogLosesItsTornEndAlone(t *testing.T) {
+	dir := t.TempDir()
+	d := openIn(t, dir)
+	const changes = 12
+	sizes := make([]int64, changes+1) // of the log after each change
+	wal := options(dir).Path + "-wal"
+	size := func() int64 {
+		fi, err := os.Stat(wal)
+		ok(t, err)
+		return fi.Size()
+	}
+	a := blog()
+	a.Instances = 0
+	ok(t, d.SaveApp(t.Context(), a))
+	sizes[0] = size()
+	for n := 1; n <= changes; n++ {
+		ok(t, d.SetInstances(t.Context(), "blog", uint8(n)))
+		sizes[n] = size()
+	}
+	database, err := os.ReadFile(options(dir).Path)
+	ok(t, err)
+	log, err := os.ReadFile(wal)
+	ok(t, err)
+	if len(log) != int(sizes[changes]) || sizes[0] == sizes[changes] {
+		t.Fatalf("the log has %d bytes, after each change it had %v", len(log), sizes)
+	}
+	for range 60 {
+		at := sizes[0] + rand.Int64N(sizes[changes]-sizes[0]+1)
+		torn := slices.Clone(log)
+		switch rand.IntN(3) {
+		case 0:
+			torn = torn[:at]
+		case 1:
+			clear(torn[at:])
+		case 2:
+			for i := range torn[at:] {
+				torn[int(at)+i] ^= 0x5a
+			}
+		}
+		copied := options(t.TempDir())
+		ok(t, os.WriteFile(copied.Path, database, 0o600))
+		ok(t, os.WriteFile(copied.Path+"-wal", torn, 0o600))
+		want := 0
+		for n := range sizes {
+			if sizes[n] <= at {
+				want = n
+			}
+		}
+		again, err := Open(t.Context(), copied)
+		if err != nil {
+			t.Fatalf("a log of %d bytes torn at %d: %v", len(log), at, err)
+		}
+		apps, err := again.Apps(t.Context())
+		ok(t, err)
+		if len(apps) != 1 || int(apps[0].Instances) != want {
+			t.Errorf("a log torn at %d of %v: %+v, want change %d", at, sizes, apps, want)
+		}
+		if from, restored := again.Restored(); restored {
+			t.Errorf("a log torn at %d: restored from %s", at, from)
+		}
+		closeDB(t, again)
+	}
 }
 
 func TestAcknowledgedChangesSurviveKill(t *testing.T) {
