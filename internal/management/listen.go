@@ -190,6 +190,11 @@ func clearLeftovers(path, link string) error {
 	if err := clearOne(link); err != nil {
 		return err
 	}
+	return clearDead(link)
+}
+
+// clearDead removes the sockets of dead servers beside the link.
+func clearDead(link string) error {
 	stem := strings.TrimSuffix(filepath.Base(link), ".sock") + "-"
 	entries, err := os.ReadDir(filepath.Dir(link))
 	if err != nil {
@@ -313,7 +318,8 @@ func ListenBeside(path, link string, mode fs.FileMode, gid uint32) (*net.UnixLis
 }
 
 // TakeLink points link to path once nobody answers at it any more; it does
-// nothing if it leads there already. A living server's is an error.
+// nothing if it leads there already. A living server's is an error. What dead
+// servers left beside it is cleared away.
 func TakeLink(path, link string) error {
 	path, link, err := absolute(path, link)
 	if err != nil {
@@ -325,5 +331,8 @@ func TakeLink(path, link string) error {
 	if err := clearOne(link); err != nil {
 		return err
 	}
-	return Link(path, link)
+	if err := Link(path, link); err != nil {
+		return err
+	}
+	return clearDead(link)
 }

@@ -272,6 +272,10 @@ func TestASecondServerLeavesTheLinkToTheFirstUntilThatHasGone(t *testing.T) {
 		t.Errorf("the link of a living server was taken: %v", err)
 	}
 	_ = first.Close() // killed: all it had is still there
+	then := time.Now().Add(-time.Minute)
+	if err := os.Chtimes(filepath.Join(dir, "tako-7.sock"), then, then); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 {     // again is nothing
 		if err := TakeLink(own, link); err != nil {
 			t.Error(err)
@@ -279,6 +283,9 @@ func TestASecondServerLeavesTheLinkToTheFirstUntilThatHasGone(t *testing.T) {
 	}
 	if to, _ := os.Readlink(link); to != "tako-8.sock" {
 		t.Errorf("link to %q", to)
+	}
+	if exists(filepath.Join(dir, "tako-7.sock")) {
+		t.Error("the dead server's socket is still there")
 	}
 	// And where nobody has the link it is made at once.
 	alone := shortDir(t)
