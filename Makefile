@@ -54,7 +54,7 @@ demo-check: build ## the same on free ports, asked and judged by itself
 
 .PHONY: test
 test: ## unit tests, the same under the race detector, integration; one verdict
-	@$(GOTEST) -- tools -C tools ./gotest -- unit $(UNIT) $(if $(CC_FOUND),-- race -race $(UNIT)) -- integration $(INTEGRATION)
+	@$(GOTEST) -- tools -C tools ./gotest ./torture -- unit $(UNIT) $(if $(CC_FOUND),-- race -race $(UNIT)) -- integration $(INTEGRATION)
 	@$(if $(CC_FOUND),,echo 'no C compiler: the tests did not run under the race detector (on Debian: apt-get install gcc libc6-dev)')
 
 .PHONY: unit

@@ -194,6 +194,17 @@ func (t *torture) read(name, out string) (rows []row) {
 	return rows
 }
 
+// verdict is that of the test, or the test within it, that a row is of.
+func (t *torture) verdict(r row) string {
+	switch {
+	case t.failed[r.test]:
+		return "FAIL"
+	case r.skipped:
+		return "skipped"
+	}
+	return "ok"
+}
+
 // print prints the table and reports whether all is well.
 func (t *torture) print() (good bool) {
 	fmt.Println()
@@ -201,14 +212,8 @@ func (t *torture) print() (good bool) {
 	fmt.Fprintln(w, "ROW\tREQUESTS\tFAILED\tVERDICT\t")
 	good = len(t.rows) > 0
 	for _, r := range t.rows {
-		root, _, within := strings.Cut(r.test, "/")
-		verdict := "ok"
-		switch {
-		case t.failed[r.test] || !within && t.failed[root]:
-			verdict, good = "FAIL", false
-		case r.skipped:
-			verdict = "skipped"
-		}
+		verdict := t.verdict(r)
+		good = good && verdict != "FAIL"
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\n", r.what, r.requests, r.failed, verdict, r.more)
 	}
 	_ = w.Flush()
