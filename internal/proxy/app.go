@@ -279,11 +279,9 @@ func (conf *appConf) none(not *instance) error {
 	return nil
 }
 
-// acquire picks an instance other than not, and counts the request on it. It
-// waits in the queue while every instance has as many requests as it may, and
-// with no instance if the app is one that starts on demand. The error is a
-// *refusal, errNoOther or ctx's.
-func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
+// try picks an instance other than not, and counts the request on it. It returns
+// neither instance nor error if the request has to wait. The error is a *refusal.
+func (a *app) try(not *instance) (*instance, error) {
 	for a.queued.Load() == 0 { // those who wait are not to be overtaken
 		conf := a.conf.Load()
 		if r := conf.refuse(); r != nil {
@@ -300,6 +298,13 @@ func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
 			a.waitForChange(conf)
 		}
 	}
+	return nil, nil
+}
+
+// wait is try for a request that has to wait in the queue: while every instance
+// has as many requests as it may, and with no instance if the app is one that
+// starts on demand. The error is a *refusal, errNoOther or ctx's cause.
+func (a *app) wait(ctx context.Context, not *instance) (*instance, error) {
 	w := &waiter{not: not, got: make(chan grant, 1)}
 	wait, err := a.enqueue(w)
 	if err != nil {

@@ -112,6 +112,23 @@ func (d *doorman) leave(key netip.Addr, exempt bool) {
 	}
 }
 
+// seat is the place of one connection in the counts.
+type seat struct {
+	door   *doorman
+	key    netip.Addr
+	exempt bool
+}
+
+// admit gives a connection from addr a place, if there is one.
+func (d *doorman) admit(addr net.Addr) (seat, bool) {
+	key := clientKey(addr)
+	exempt := !key.IsValid() || key.IsLoopback() || d.exempt(addrOf(addr))
+	return seat{door: d, key: key, exempt: exempt}, d.enter(key, exempt)
+}
+
+// leave gives the place back. It comes once.
+func (s seat) leave() { s.door.leave(s.key, s.exempt) }
+
 // guarded is a listener with a doorman.
 type guarded struct {
 	net.Listener
@@ -125,11 +142,8 @@ func (g guarded) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		addr := c.RemoteAddr()
-		key := clientKey(addr)
-		exempt := !key.IsValid() || key.IsLoopback() || g.door.exempt(addrOf(addr))
-		if g.door.enter(key, exempt) {
-			return &guest{Conn: c, door: g.door, key: key, exempt: exempt}, nil
+		if s, ok := g.door.admit(c.RemoteAddr()); ok {
+			return &guest{Conn: c, seat: s}, nil
 		}
 		_ = c.Close()
 	}
@@ -145,17 +159,15 @@ func addrOf(addr net.Addr) netip.Addr {
 // guest is a connection that is counted until it is closed.
 type guest struct {
 	net.Conn
-	door   *doorman
-	key    netip.Addr
-	exempt bool
-	gone   atomic.Bool
+	seat seat
+	gone atomic.Bool
 }
 
 // Close ends the connection. It may come twice.
 func (g *guest) Close() error {
 	err := g.Conn.Close()
 	if g.gone.CompareAndSwap(false, true) {
-		g.door.leave(g.key, g.exempt)
+		g.seat.leave()
 	}
 	return err
 }

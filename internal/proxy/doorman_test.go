@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/message"
 	"tako/internal/wire"
 )
 
@@ -38,7 +39,7 @@ func servingOn(t testing.TB, l net.Listener) *master {
 // seen is an instance that says who it takes its client for.
 func seen(t testing.TB) wire.Upstream {
 	return served(t, func(w http.ResponseWriter, r *http.Request) {
-		_, _ = io.WriteString(w, "for "+strings.Join(r.Header[forwardedFor], ","))
+		_, _ = io.WriteString(w, "for "+strings.Join(r.Header["X-Forwarded-For"], ","))
 	})
 }
 
@@ -128,7 +129,7 @@ func TestOneConnectionTooManyIsClosedAtOnce(t *testing.T) {
 	l, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	check0(t, err)
 	door := newDoorman(2, func(netip.Addr) bool { return false }, hclog.NewNullLogger())
-	f := newNetHTTP(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}), nil, door, hclog.NewNullLogger())
+	f := newNetHTTP(handlerFunc(func(x message.Exchange) { answer(x, 200, "") }), nil, door, message.DefaultLimits(), hclog.NewNullLogger())
 	done := make(chan struct{})
 	go func() {
 		f.Serve(l, false)
@@ -168,15 +169,16 @@ func TestOneConnectionTooManyIsClosedAtOnce(t *testing.T) {
 
 func TestRequestsAtOnceAreBounded(t *testing.T) {
 	f := newFlights(1)
-	fl, _ := f.begin(t.Context(), newApp("blog", nil), &clientConn{})
+	a := newApp("blog", nil)
+	fl := f.begin(a, &recorded{})
 	if fl == nil {
 		t.Fatal("the first is refused")
 	}
-	if other, _ := f.begin(t.Context(), fl.app, &clientConn{}); other != nil {
+	if other := f.begin(a, &recorded{}); other != nil {
 		t.Error("a second one was let in")
 	}
 	fl.end()
-	fl, _ = f.begin(t.Context(), fl.app, &clientConn{})
+	fl = f.begin(a, &recorded{})
 	if fl == nil {
 		t.Fatal("the next is refused")
 	}

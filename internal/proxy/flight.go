@@ -1,65 +1,107 @@
 package proxy
 
 import (
-	"context"
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
+
+	"tako/internal/proxy/message"
+	"tako/internal/proxy/upstream"
 )
 
-// errCut is the cause of contexts that ended because the proxy, or the instance,
-// is leaving.
-var errCut = errors.New("the time for requests or streams is over")
+// The causes for which a request is ended before its time.
+var (
+	// errCut: the proxy, or the instance, is leaving.
+	errCut = errors.New("the time for requests or streams is over")
+	// errClientGone: nobody is there to read an answer.
+	errClientGone = errors.New("the client has gone")
+)
+
+// flightShards is in how many lists requests are kept, so that processors seldom
+// meet at one lock.
+const flightShards = 16
 
 // flights are the requests that are on their way, streams apart, so that a drain
 // can wait for them and end them.
 type flights struct {
 	most int // at once
 
-	mu       sync.Mutex
-	requests map[*flight]bool
-	streams  map[*flight]*instance
-	none     chan struct{} // closed when both are empty, if somebody waits
+	requests, streams atomic.Int64
+	shards            [flightShards]flightShard
+
+	mu   sync.Mutex
+	none chan struct{} // guarded by mu: closed when there is none, if somebody waits
+	wait atomic.Bool   // none is set
+}
+
+// flightShard is a list in a ring.
+type flightShard struct {
+	mu   sync.Mutex
+	root flight
+	_    [64]byte // its own cache line
 }
 
 func newFlights(most int) *flights {
-	return &flights{most: most, requests: make(map[*flight]bool), streams: make(map[*flight]*instance)}
+	f := &flights{most: most}
+	for i := range f.shards {
+		root := &f.shards[i].root
+		root.prev, root.next = root, root
+	}
+	return f
 }
 
-// flight is one request, from its route to its last byte.
+// flight is one request, from its route to its last byte. Its Cancel is
+// anybody's.
 type flight struct {
-	all    *flights
-	app    *app
-	conn   *clientConn
-	cancel context.CancelCauseFunc
-	// detach makes the context outlive the client's sending half: net/http takes
-	// its end for the client's. It reports false if that has come already.
-	detach func() bool
+	upstream.Cancel
+	all        *flights
+	shard      *flightShard
+	prev, next *flight // guarded by the shard's mu
+	lasts      bool    // guarded by the shard's mu: it is counted as a stream
+
 	// Of the request's own goroutine.
+	app    *app
+	x      message.Exchange
 	inst   *instance // counted on it, or nil
 	stream bool
+	// cutOf has to know the instance of a stream.
+	streamOf *instance // guarded by the shard's mu
+
+	out  upstream.Outgoing
+	text []byte // room for values of out.Fields
+	body limitedBody
+	tell func(status int, fields []message.Field) // inform
 }
+
+var flightPool = sync.Pool{New: func() any {
+	fl := new(flight)
+	fl.tell = fl.inform
+	return fl
+}}
 
 // begin registers a request, or returns nil if there are too many. The caller
 // calls end.
-func (f *flights) begin(ctx context.Context, a *app, conn *clientConn) (*flight, context.Context) {
-	client := ctx
-	ctx, cancel := context.WithCancelCause(context.WithoutCancel(client))
-	fl := &flight{all: f, app: a, conn: conn, cancel: cancel}
-	f.mu.Lock()
-	full := len(f.requests)+len(f.streams) >= f.most
-	if !full {
-		f.requests[fl] = true
+func (f *flights) begin(a *app, x message.Exchange) *flight {
+	if f.requests.Add(1)+f.streams.Load() > int64(f.most) {
+		f.left(&f.requests)
+		return nil
 	}
-	f.mu.Unlock()
-	if full {
-		cancel(nil)
-		return nil, client
-	}
+	fl := flightPool.Get().(*flight)
+	fl.all, fl.app, fl.x = f, a, x
+	fl.shard = &f.shards[x.Client().Connection%flightShards]
+	fl.shard.mu.Lock()
+	root := &fl.shard.root
+	fl.prev, fl.next = root.prev, root
+	root.prev.next, root.prev = fl, fl
+	fl.shard.mu.Unlock()
 	a.begin()
-	fl.detach = context.AfterFunc(client, func() { cancel(context.Cause(client)) })
-	return fl, ctx
+	x.Watch(fl)
+	return fl
 }
+
+// ClientGone ends the request.
+func (fl *flight) ClientGone() { fl.Do(errClientGone) }
 
 // becomeStream says that the request will last: it is counted apart from now on.
 func (fl *flight) becomeStream() {
@@ -67,15 +109,16 @@ func (fl *flight) becomeStream() {
 		return
 	}
 	fl.stream = true
-	fl.all.mu.Lock()
-	delete(fl.all.requests, fl)
-	fl.all.streams[fl] = fl.inst
-	fl.all.mu.Unlock()
-	fl.conn.streams.Add(1)
+	fl.all.streams.Add(1)
+	fl.shard.mu.Lock()
+	fl.lasts, fl.streamOf = true, fl.inst
+	fl.shard.mu.Unlock()
+	fl.all.left(&fl.all.requests)
+	fl.x.Lasts()
 	fl.inst.streams.Add(1)
 	fl.app.release(fl.inst)
 	if fl.inst.cut.Load() { // too late to be seen by cutOf
-		fl.cancel(errCut)
+		fl.Do(errCut)
 	}
 }
 
@@ -85,61 +128,83 @@ func (fl *flight) leave() {
 	fl.inst = nil
 }
 
-// end is the end of the request.
+// end is the end of the request. Nothing of the flight is used after it.
 func (fl *flight) end() {
-	fl.detach()
-	fl.cancel(nil)
+	fl.x.Watch(nil)
+	f := fl.all
+	fl.shard.mu.Lock()
+	fl.prev.next, fl.next.prev = fl.next, fl.prev
+	fl.shard.mu.Unlock()
 	if fl.inst != nil {
 		fl.inst.finished.Add(1)
 	}
 	fl.app.end()
+	count := &f.requests
 	if fl.stream {
-		fl.conn.streams.Add(-1)
+		count = &f.streams
 		fl.inst.streamEnded(fl.app.out)
 	} else if fl.inst != nil {
 		fl.app.release(fl.inst)
 	}
-	fl.all.mu.Lock()
-	defer fl.all.mu.Unlock()
-	delete(fl.all.requests, fl)
-	delete(fl.all.streams, fl)
-	if fl.all.none != nil && len(fl.all.requests)+len(fl.all.streams) == 0 {
-		close(fl.all.none)
-		fl.all.none = nil
+	clear(fl.out.Fields)
+	fl.out.Clear()
+	fl.Reset()
+	fl.all, fl.shard, fl.prev, fl.next, fl.lasts, fl.streamOf = nil, nil, nil, nil, false, nil
+	fl.app, fl.x, fl.inst, fl.stream, fl.body = nil, nil, nil, false, limitedBody{}
+	fl.text = fl.text[:0]
+	flightPool.Put(fl)
+	f.left(count)
+}
+
+// left takes one off a count, and tells those who wait for none.
+func (f *flights) left(count *atomic.Int64) {
+	count.Add(-1)
+	if !f.wait.Load() || f.requests.Load()+f.streams.Load() > 0 {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.none != nil && f.requests.Load()+f.streams.Load() == 0 {
+		close(f.none)
+		f.none = nil
+		f.wait.Store(false)
 	}
 }
 
 // count returns how many there are of each kind.
 func (f *flights) count() (requests, streams int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return len(f.requests), len(f.streams)
+	return int(f.requests.Load()), int(f.streams.Load())
 }
 
 // cut ends all requests, or all streams, and returns how many they were.
-func (f *flights) cut(streams bool) int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if streams {
-		for fl := range f.streams {
-			fl.cancel(errCut)
+func (f *flights) cut(streams bool) (n int) {
+	f.each(func(fl *flight) {
+		if fl.lasts == streams {
+			fl.Do(errCut)
+			n++
 		}
-		return len(f.streams)
-	}
-	for fl := range f.requests {
-		fl.cancel(errCut)
-	}
-	return len(f.requests)
+	})
+	return n
 }
 
 // cutOf ends the streams of these instances.
 func (f *flights) cutOf(instances []*instance) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for fl, i := range f.streams {
-		if slices.Contains(instances, i) {
-			fl.cancel(errCut)
+	f.each(func(fl *flight) {
+		if fl.lasts && slices.Contains(instances, fl.streamOf) {
+			fl.Do(errCut)
 		}
+	})
+}
+
+// each calls do with every one, under its lock.
+func (f *flights) each(do func(*flight)) {
+	for i := range f.shards {
+		s := &f.shards[i]
+		s.mu.Lock()
+		for fl := s.root.next; fl != &s.root; fl = fl.next {
+			do(fl)
+		}
+		s.mu.Unlock()
 	}
 }
 
@@ -149,11 +214,13 @@ func (f *flights) gone() <-chan struct{} {
 	defer f.mu.Unlock()
 	if f.none == nil {
 		f.none = make(chan struct{})
+		f.wait.Store(true)
 	}
 	none := f.none
-	if len(f.requests)+len(f.streams) == 0 {
+	if f.requests.Load()+f.streams.Load() == 0 {
 		close(f.none)
 		f.none = nil
+		f.wait.Store(false)
 	}
 	return none
 }

@@ -3,34 +3,30 @@ package proxy
 import (
 	"context"
 	"crypto/tls"
+	"errors"
+	"io"
 	"net"
-	"net/http"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
-)
 
-// The limits of connections with clients.
-const (
-	// HeadTime bounds the TLS handshake, and the time from a request's first byte,
-	// or from the connection's beginning, to the end of its head.
-	HeadTime = 10 * time.Second
-	// KeepTime is how long a connection may wait for its next request.
-	KeepTime = 120 * time.Second
-	// MaxHead bounds a request's head, in bytes, within 4 KiB that net/http adds.
-	MaxHead = 32 << 10
-	// MaxStreams bounds the requests at once on one HTTP/2 connection.
-	MaxStreams = 250
+	"tako/internal/proxy/h1"
+	"tako/internal/proxy/h2"
+	"tako/internal/proxy/message"
 )
 
 // front is what speaks HTTP with clients and calls the handler. It is all that
-// the rest of the package knows of the codec.
+// the rest of the package knows of the codecs.
 type front interface {
 	// Serve answers what comes in on l until l is closed. When it returns, each
 	// accepted connection is in the counts.
 	Serve(l net.Listener, secure bool)
+	// Drain has answers say that their connection ends, and tells those who speak
+	// HTTP/2 that it will. Nothing is closed yet.
+	Drain()
 	// Count returns the connections that may be bringing a request and have none
 	// that lasts, and those that wait for their next one.
 	Count() (busy, idle int)
@@ -41,90 +37,176 @@ type front interface {
 	Close()
 }
 
-// clientConn is what is known of one connection with a client.
-type clientConn struct {
-	streams atomic.Int64 // requests on it that last
-	state   http.ConnState
-}
+const (
+	// shutdownPoll is how often Shutdown looks whether all have gone.
+	shutdownPoll = 10 * time.Millisecond
+	// acceptPause is what a shortage of descriptors or memory gets to pass.
+	acceptPause = 20 * time.Millisecond
+)
 
-type connKey struct{}
-
-// connOf returns the connection that a request came on.
-func connOf(r *http.Request) *clientConn {
-	if c, ok := r.Context().Value(connKey{}).(*clientConn); ok {
-		return c
-	}
-	return &clientConn{}
-}
-
-// netHTTP is the front by net/http.
-type netHTTP struct {
-	server *http.Server
+// own is the front by packages h1 and h2.
+type own struct {
+	h1     *h1.Server
+	h2     *h2.Server
 	tls    *tls.Config
 	door   *doorman
+	limits message.Limits
+	log    hclog.Logger
 
-	mu    sync.Mutex
-	conns map[net.Conn]*clientConn
+	last atomic.Uint64 // the number of the connection accepted last
+	open atomic.Int64  // connections, those in a handshake included
+
+	mu       sync.Mutex
+	greeting map[net.Conn]bool // guarded by mu: in a handshake; nil once closed
 }
 
-func newNetHTTP(h http.Handler, conf *tls.Config, door *doorman, log hclog.Logger) *netHTTP {
-	f := &netHTTP{tls: conf, door: door, conns: make(map[net.Conn]*clientConn)}
-	f.server = &http.Server{
-		Handler: h, TLSConfig: conf,
-		ReadHeaderTimeout: HeadTime, IdleTimeout: KeepTime, MaxHeaderBytes: MaxHead,
-		DisableGeneralOptionsHandler: true, // OPTIONS * is the app's
-		HTTP2: &http.HTTP2Config{
-			MaxConcurrentStreams: MaxStreams, WriteByteTimeout: ReplyTime,
-			SendPingTimeout: KeepTime, PingTimeout: HeadTime,
-		},
-		ErrorLog:    log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
-		ConnContext: f.began,
-		ConnState:   f.changed,
-	}
-	return f
-}
-
-func (f *netHTTP) began(ctx context.Context, nc net.Conn) context.Context {
-	c := &clientConn{}
-	f.mu.Lock()
-	f.conns[nc] = c
-	f.mu.Unlock()
-	return context.WithValue(ctx, connKey{}, c)
-}
-
-func (f *netHTTP) changed(nc net.Conn, s http.ConnState) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	switch c := f.conns[nc]; {
-	case c == nil:
-	case s == http.StateClosed || s == http.StateHijacked:
-		delete(f.conns, nc)
-	default:
-		c.state = s
+func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, log hclog.Logger) *own {
+	return &own{
+		h1:  &h1.Server{Handler: h, Limits: limits, Log: log},
+		h2:  &h2.Server{Handler: h, Limits: limits, Log: log},
+		tls: conf, door: door, limits: limits, log: log, greeting: make(map[net.Conn]bool),
 	}
 }
 
-func (f *netHTTP) Serve(l net.Listener, secure bool) {
-	l = guarded{Listener: l, door: f.door}
-	if secure {
-		l = tls.NewListener(l, f.tls)
-	}
-	_ = f.server.Serve(l) // it returns no other error than that l was closed
-}
-
-func (f *netHTTP) Count() (busy, idle int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, c := range f.conns {
-		switch {
-		case c.state == http.StateIdle:
-			idle++
-		case c.streams.Load() == 0:
-			busy++
+// Serve accepts.
+func (f *own) Serve(l net.Listener, secure bool) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			if isPassing(err) {
+				time.Sleep(acceptPause)
+				continue
+			}
+			return // l was closed
+		}
+		s, ok := f.door.admit(c.RemoteAddr())
+		if !ok {
+			_ = c.Close()
+			continue
+		}
+		f.open.Add(1)
+		client := &message.Client{Addr: addrOf(c.RemoteAddr()), Secure: secure, Connection: f.last.Add(1)}
+		if secure {
+			go f.greet(c, client, s)
+		} else {
+			go f.serve(c, client, s)
 		}
 	}
-	return busy, idle
 }
 
-func (f *netHTTP) Shutdown(ctx context.Context) { _ = f.server.Shutdown(ctx) }
-func (f *netHTTP) Close()                       { _ = f.server.Close() }
+// isPassing reports errors of Accept that are not the listener's end: of one
+// connection, or of the host, whose shortage may end.
+func isPassing(err error) bool {
+	for _, e := range [...]error{syscall.ECONNABORTED, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.EPROTO, syscall.EPERM} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// serve has the codec of c's protocol serve it to its end. It has a goroutine of
+// its own, whose stack no handshake has stretched.
+func (f *own) serve(c net.Conn, client *message.Client, s seat) {
+	defer func() {
+		f.open.Add(-1)
+		s.leave()
+	}()
+	if t, ok := c.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol == "h2" {
+		f.h2.Serve(c, client)
+		return
+	}
+	f.h1.Serve(c, client)
+}
+
+// greet does the handshake of a connection.
+func (f *own) greet(c net.Conn, client *message.Client, s seat) {
+	f.mu.Lock()
+	ok := f.greeting != nil
+	if ok {
+		f.greeting[c] = true
+	}
+	f.mu.Unlock()
+	var t *tls.Conn
+	if ok {
+		_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
+		t = tls.Server(c, f.tls)
+		err := t.Handshake()
+		_ = c.SetDeadline(time.Time{})
+		f.mu.Lock()
+		delete(f.greeting, c)
+		ok = err == nil && f.greeting != nil
+		f.mu.Unlock()
+		if err != nil {
+			f.log.Debug("no handshake", "client", client.Addr, "error", err)
+			notTLS(c, err)
+		}
+	}
+	if !ok {
+		_ = c.Close()
+		f.open.Add(-1)
+		s.leave()
+		return
+	}
+	go f.serve(t, client, s)
+}
+
+// notTLS answers a client that speaks plain HTTP where TLS is wanted, in plain
+// HTTP.
+func notTLS(c net.Conn, err error) {
+	if e, ok := errors.AsType[tls.RecordHeaderError](err); ok && e.Conn != nil && looksLikeHTTP(e.RecordHeader) {
+		_ = c.SetWriteDeadline(time.Now().Add(time.Second)) // a courtesy
+		_, _ = io.WriteString(c, "HTTP/1.0 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\nThis port speaks HTTPS: use https://\n")
+	}
+}
+
+func looksLikeHTTP(head [5]byte) bool {
+	switch string(head[:]) {
+	case "GET /", "HEAD ", "POST ", "PUT /", "OPTIO", "DELET", "PATCH":
+		return true
+	}
+	return false
+}
+
+// Drain begins.
+func (f *own) Drain() {
+	f.h1.Drain()
+	f.h2.Drain()
+}
+
+// Count counts; a handshake is busy.
+func (f *own) Count() (busy, idle int) {
+	open := int(f.open.Load()) // before the others, which are among them
+	_, idle1 := f.h1.Count()
+	_, idle2 := f.h2.Count()
+	idle = idle1 + idle2
+	return max(0, open-idle-f.h1.Lasting()-f.h2.Lasting()), idle
+}
+
+// Shutdown ends what is idle and waits for the rest.
+func (f *own) Shutdown(ctx context.Context) {
+	f.Drain()
+	tick := time.NewTicker(shutdownPoll)
+	defer tick.Stop()
+	for f.open.Load() > 0 {
+		f.h1.CloseIdle() // again and again: an answer that began before the drain has promised more
+		f.h2.CloseIdle()
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Close ends them all.
+func (f *own) Close() {
+	f.mu.Lock()
+	for c := range f.greeting {
+		_ = c.Close()
+	}
+	f.greeting = nil
+	f.mu.Unlock()
+	f.h1.Close()
+	f.h2.Close()
+}

@@ -1,73 +1,41 @@
 package proxy
 
 import (
-	"crypto/rand"
+	"bytes"
+	"encoding/base64"
 	"encoding/hex"
-	"net"
-	"net/http"
+	"math/rand/v2"
 	"net/netip"
-	"net/textproto"
-	"strings"
 
-	"golang.org/x/net/http/httpguts"
+	"tako/internal/proxy/h1"
+	"tako/internal/proxy/message"
 )
 
 // MaxRequestID bounds an X-Request-ID that is kept, in bytes.
 const MaxRequestID = 128
 
-// The fields that tell an app about its client. Those of a client that is not a
-// trusted proxy are dropped.
-const (
-	forwardedFor   = "X-Forwarded-For"
-	forwardedProto = "X-Forwarded-Proto"
-	forwardedHost  = "X-Forwarded-Host"
-	forwardedPort  = "X-Forwarded-Port"
-	requestID      = "X-Request-Id"
+// The names of the fields that are ours to write, and of one that is made for
+// WebSockets over HTTP/2.
+var (
+	nameForwardedFor   = []byte("X-Forwarded-For")
+	nameForwardedProto = []byte("X-Forwarded-Proto")
+	nameForwardedHost  = []byte("X-Forwarded-Host")
+	nameForwardedPort  = []byte("X-Forwarded-Port")
+	nameRequestID      = []byte("X-Request-Id")
+	nameTE             = []byte("TE")
+	nameWebSocketKey   = []byte("Sec-WebSocket-Key")
+	trailers           = []byte("trailers")
 )
 
-// hopByHop are the fields that are about one connection only.
-var hopByHop = map[string]bool{
-	"Connection": true, "Keep-Alive": true, "Proxy-Connection": true, "Proxy-Authenticate": true,
-	"Proxy-Authorization": true, "Te": true, "Trailer": true, "Transfer-Encoding": true, "Upgrade": true,
-	"Http2-Settings": true, "Expect": true,
-}
-
-// kept are fields that no Connection field can make hop-by-hop: taking them away
-// would change what a request means, or who sent it.
-var kept = map[string]bool{
-	"Host": true, "Content-Length": true, "Content-Type": true, "Authorization": true, "Cookie": true,
-	"Set-Cookie": true, "Cache-Control": true, "Forwarded": true, "X-Real-Ip": true, requestID: true,
-}
-
-// ours reports whether a field is one that a client may not set, and whether
-// its name only looks so to servers that take '_' for '-'.
-func ours(name string) (is, disguised bool) {
-	if strings.Contains(name, "_") {
-		name, disguised = textproto.CanonicalMIMEHeaderKey(strings.ReplaceAll(name, "_", "-")), true
+// ours reports whether a field says who a client is: one that a client may not
+// set.
+func ours(id message.ID) bool {
+	switch id {
+	case message.Forwarded, message.XRealIP, message.XRequestID, message.XForwardedFor, message.XForwardedHost,
+		message.XForwardedPort, message.XForwardedProto, message.Disguised:
+		return true
 	}
-	switch name {
-	case "Forwarded", "X-Real-Ip", requestID:
-		return true, disguised
-	}
-	return strings.HasPrefix(name, "X-Forwarded-"), disguised
-}
-
-// nominated returns the fields that h's Connection names, nil for none.
-func nominated(h http.Header) map[string]bool {
-	var names map[string]bool
-	for _, v := range h["Connection"] {
-		for name := range strings.SplitSeq(v, ",") {
-			name = textproto.CanonicalMIMEHeaderKey(textproto.TrimString(name))
-			if is, _ := ours(name); name == "" || is || kept[name] {
-				continue
-			}
-			if names == nil {
-				names = make(map[string]bool)
-			}
-			names[name] = true
-		}
-	}
-	return names
+	return false
 }
 
 // client is who sent a request and how.
@@ -78,105 +46,156 @@ type client struct {
 }
 
 // clientOf reads it from the request.
-func clientOf(r *http.Request, st *state) client {
-	var c client
-	if ap, err := netip.ParseAddrPort(r.RemoteAddr); err == nil {
-		c.addr = ap.Addr().Unmap().WithZone("")
-	}
-	c.trusted = st.isTrusted(c.addr)
-	c.https = r.TLS != nil
+func clientOf(r *message.Request, from *message.Client, st *state) client {
+	c := client{addr: from.Addr, https: from.Secure}
+	c.trusted = len(st.trusted) > 0 && st.isTrusted(c.addr)
 	if c.trusted && !c.https {
-		proto, _, _ := strings.Cut(r.Header.Get(forwardedProto), ",")
-		c.https = strings.EqualFold(textproto.TrimString(proto), "https")
+		proto, _, _ := bytes.Cut(r.Get(message.XForwardedProto), []byte{','})
+		c.https = message.EqualFold(message.Trim(proto), "https")
 	}
 	return c
 }
 
-// requestHeader makes the fields for the app.
-func requestHeader(r *http.Request, c client, ids []string) http.Header {
-	out := make(http.Header, len(r.Header)+5)
-	hop := nominated(r.Header)
-	for name, values := range r.Header {
-		if hopByHop[name] || hop[name] || name == "Proxy" { // Proxy: CGI takes it for HTTP_PROXY
+// add appends a field for the app whose value is text appended to fl.text by the
+// caller, from there on.
+func (fl *flight) add(id message.ID, name []byte, from int) {
+	fl.out.Fields = append(fl.out.Fields, message.Field{ID: id, Name: name, Value: fl.text[from:len(fl.text):len(fl.text)]})
+}
+
+// requestFields makes the fields for the app, and returns the request's id.
+func (fl *flight) requestFields(r *message.Request, c client) (id []byte) {
+	var had [4]bool // for, proto, host, port of a trusted proxy
+	for i := range r.Fields {
+		f := &r.Fields[i]
+		if f.ID == message.Other && !r.Nominates {
+			fl.out.Fields = append(fl.out.Fields, *f)
 			continue
 		}
-		if is, disguised := ours(name); is && (disguised || !c.trusted) {
+		switch {
+		case f.ID.Hop(), f.ID == message.Proxy: // CGI takes Proxy for HTTP_PROXY
 			continue
+		case r.Nominates && h1.Nominated(r.Fields, f):
+			continue
+		case !ours(f.ID):
+		case !c.trusted, f.ID == message.XRequestID, f.ID == message.XForwardedFor, f.ID == message.Disguised && bytes.IndexByte(f.Name, '_') >= 0:
+			continue // what is believed of the last three is written below
+		case f.ID == message.XForwardedProto:
+			had[1] = true
+		case f.ID == message.XForwardedHost:
+			had[2] = true
+		case f.ID == message.XForwardedPort:
+			had[3] = true
 		}
-		out[name] = values
+		fl.out.Fields = append(fl.out.Fields, *f)
 	}
-	if httpguts.HeaderValuesContainsToken(r.Header["Te"], "trailers") {
-		out["Te"] = []string{"trailers"}
+	if r.TETrailers {
+		fl.out.Fields = append(fl.out.Fields, message.Field{ID: message.TE, Name: nameTE, Value: trailers})
 	}
 	if c.addr.IsValid() {
-		chain := c.addr.String()
-		if before := out[forwardedFor]; len(before) > 0 {
-			chain = strings.Join(before, ", ") + ", " + chain
+		from := len(fl.text)
+		if c.trusted {
+			for i := range r.Fields {
+				if r.Fields[i].ID == message.XForwardedFor {
+					fl.text = append(append(fl.text, r.Fields[i].Value...), ", "...)
+				}
+			}
 		}
-		out[forwardedFor] = []string{chain}
+		fl.text = c.addr.AppendTo(fl.text)
+		fl.add(message.XForwardedFor, nameForwardedFor, from)
 	}
-	scheme, port := "http", "80"
-	if c.https {
-		scheme, port = "https", "443"
-	}
-	if _, p, err := net.SplitHostPort(r.Host); err == nil && p != "" {
-		port = p
-	}
-	for _, f := range [...]struct{ name, value string }{{forwardedProto, scheme}, {forwardedHost, r.Host}, {forwardedPort, port}} {
-		if len(out[f.name]) == 0 {
-			out[f.name] = []string{f.value}
+	if !had[1] {
+		proto := protoHTTP
+		if c.https {
+			proto = protoHTTPS
 		}
+		fl.out.Fields = append(fl.out.Fields, message.Field{ID: message.XForwardedProto, Name: nameForwardedProto, Value: proto})
 	}
-	out[requestID] = ids
-	return out
+	if !had[2] {
+		fl.out.Fields = append(fl.out.Fields, message.Field{ID: message.XForwardedHost, Name: nameForwardedHost, Value: r.Host})
+	}
+	if !had[3] {
+		_, port, _ := message.ParseHost(r.Host) // the codec has refused what is none
+		switch {
+		case port != nil:
+		case c.https:
+			port = port443
+		default:
+			port = port80
+		}
+		fl.out.Fields = append(fl.out.Fields, message.Field{ID: message.XForwardedPort, Name: nameForwardedPort, Value: port})
+	}
+	id = fl.requestID(r, c)
+	fl.out.Fields = append(fl.out.Fields, message.Field{ID: message.XRequestID, Name: nameRequestID, Value: id})
+	return id
 }
 
-// responseHeader copies an app's end-to-end fields.
-func responseHeader(out, from http.Header) {
-	hop := nominated(from)
-	for name, values := range from {
-		if !hopByHop[name] && !hop[name] {
-			out[name] = values
-		}
-	}
-	if _, ok := out["Content-Type"]; !ok {
-		out["Content-Type"] = nil // or net/http guesses one
-	}
-}
+var (
+	protoHTTP, protoHTTPS = []byte("http"), []byte("https")
+	port80, port443       = []byte("80"), []byte("443")
+)
 
-// idOf keeps the id of a trusted proxy, and makes one otherwise.
-func idOf(r *http.Request, c client) string {
-	if ids := r.Header[requestID]; c.trusted && len(ids) == 1 && validID(ids[0]) {
-		return ids[0]
+// requestID keeps the id of a trusted proxy, and makes one otherwise. It names a
+// request in logs; nothing depends on nobody guessing it.
+func (fl *flight) requestID(r *message.Request, c client) []byte {
+	if c.trusted {
+		if id := r.Get(message.XRequestID); validID(id) && single(r.Fields, message.XRequestID) {
+			return id
+		}
 	}
 	var b [16]byte
-	_, _ = rand.Read(b[:]) // never fails
-	return hex.EncodeToString(b[:])
+	a, z := rand.Uint64(), rand.Uint64()
+	for i := range 8 {
+		b[i], b[8+i] = byte(a>>(8*i)), byte(z>>(8*i))
+	}
+	from := len(fl.text)
+	fl.text = hex.AppendEncode(fl.text, b[:])
+	return fl.text[from:len(fl.text):len(fl.text)]
 }
 
-func validID(id string) bool {
-	if id == "" || len(id) > MaxRequestID {
+func single(fields []message.Field, id message.ID) bool {
+	n := 0
+	for i := range fields {
+		if fields[i].ID == id {
+			n++
+		}
+	}
+	return n == 1
+}
+
+func validID(id []byte) bool {
+	if len(id) == 0 || len(id) > MaxRequestID {
 		return false
 	}
-	for i := range len(id) {
-		if id[i] <= ' ' || id[i] > '~' {
+	for _, c := range id {
+		if c <= ' ' || c > '~' {
 			return false
 		}
 	}
 	return true
 }
 
-// trailer is what may be passed on of announced trailers.
-func trailer(t http.Header) http.Header {
-	var out http.Header
-	for name := range t {
-		if is, _ := ours(name); is || hopByHop[name] || !httpguts.ValidTrailerHeader(name) {
+// webSocketKey adds the key that an app wants to see, which HTTP/2 has not
+// (RFC 8441, 5.1). Nobody looks at what comes of it.
+func (fl *flight) webSocketKey() {
+	var b [16]byte
+	for i := range b {
+		b[i] = byte(rand.Uint32())
+	}
+	from := len(fl.text)
+	fl.text = base64.StdEncoding.AppendEncode(fl.text, b[:])
+	fl.add(message.SecWebSocketKey, nameWebSocketKey, from)
+}
+
+// responseFields takes out of an app's answer what is about its connection or
+// ours to say, and adds the request's id.
+func responseFields(r *message.Response, id []byte) {
+	to := r.Fields[:0]
+	for i := range r.Fields {
+		f := r.Fields[i]
+		if f.ID == message.XRequestID || r.Nominates && f.ID != message.Connection && h1.Nominated(r.Fields, &f) {
 			continue
 		}
-		if out == nil {
-			out = make(http.Header)
-		}
-		out[name] = nil
+		to = append(to, f)
 	}
-	return out
+	r.Fields = append(to, message.Field{ID: message.XRequestID, Name: nameRequestID, Value: id})
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/message"
 )
 
 func socketPair() (a, b ipc.FD, err error) {
@@ -21,15 +22,15 @@ func socketPair() (a, b ipc.FD, err error) {
 }
 
 func TestLimitsOfTheFront(t *testing.T) {
-	s := newNetHTTP(nil, nil, nil, hclog.NewNullLogger()).server
-	if s.ReadHeaderTimeout != 10*time.Second || s.IdleTimeout != 120*time.Second || s.MaxHeaderBytes != 32<<10 {
+	s := newNetHTTP(nil, nil, nil, message.DefaultLimits(), hclog.NewNullLogger()).server
+	if s.ReadHeaderTimeout != 10*time.Second || s.IdleTimeout != 120*time.Second || s.MaxHeaderBytes != 28<<10 {
 		t.Errorf("head %s, idle %s, %d bytes", s.ReadHeaderTimeout, s.IdleTimeout, s.MaxHeaderBytes)
 	}
 }
 
 func TestHeadsBeyondTheLimitAreRefused(t *testing.T) {
 	m := serving(t)
-	for size, want := range map[int]int{MaxHead - 1000: http.StatusTemporaryRedirect, MaxHead + 8<<10: http.StatusRequestHeaderFieldsTooLarge} {
+	for size, want := range map[int]int{message.MaxHead - 1000: http.StatusTemporaryRedirect, message.MaxHead + 8<<10: http.StatusRequestHeaderFieldsTooLarge} {
 		c, err := net.Dial("tcp", m.plain)
 		check0(t, err)
 		_, err = io.WriteString(c, "GET / HTTP/1.1\r\nHost: a.test\r\nX: "+strings.Repeat("y", size)+"\r\n\r\n")

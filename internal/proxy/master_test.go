@@ -24,6 +24,7 @@ import (
 	"go.uber.org/goleak"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/message"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -58,6 +59,13 @@ func check0(t testing.TB, err error) {
 	}
 }
 
+// quick are the limits of proxies here: a client that has gone is missed soon.
+var quick = func() message.Limits {
+	l := message.DefaultLimits()
+	l.HalfOpen = 50 * time.Millisecond
+	return l
+}()
+
 // greeted starts a proxy and exchanges greetings.
 func greeted(t testing.TB) *master {
 	t.Helper()
@@ -72,7 +80,7 @@ func greeted(t testing.TB) *master {
 		signs: make(chan wire.SignAlgorithm, 100),
 	}
 	log := hclog.NewNullLogger()
-	go func() { m.done <- Run(ctx, Config{Channel: ch, Version: "test"}, log) }()
+	go func() { m.done <- Run(ctx, Config{Channel: ch, Version: "test", Limits: quick}, log) }()
 	go func() {
 		defer close(m.messages)
 		for {

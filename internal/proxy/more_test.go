@@ -8,7 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"net/http/httptrace"
 	"net/textproto"
 	"os"
@@ -20,6 +19,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"tako/internal/proxy/message"
 	"tako/internal/proxy/upstream"
 	"tako/internal/wire"
 )
@@ -41,11 +41,11 @@ func TestAnswersToFailedExchanges(t *testing.T) {
 		{errStartTimeout, 504, "App startup timed out"},
 		{errStartQueueFull, 503, "App startup queue is full"},
 	} {
-		w := httptest.NewRecorder()
-		h.refuse(w, httptest.NewRequest(http.MethodGet, "/", nil), &flight{app: newApp("blog", nil)}, test.err)
-		if w.Code != test.status || w.Body.String() != test.body || w.Header().Get("Content-Length") != fmt.Sprint(len(test.body)) ||
-			(w.Header().Get("Cache-Control") == "no-store") != (test.status >= 500) {
-			t.Errorf("%v: got %d %q %v", test.err, w.Code, w.Body, w.Header())
+		x := &recorded{}
+		h.refuse(x, &flight{app: newApp("blog", nil)}, test.err)
+		if x.answer.Status != test.status || string(x.body) != test.body || x.answer.Length != int64(len(test.body)) || !x.ended ||
+			(string(x.answer.Get(message.CacheControl)) == "no-store") != (test.status >= 500) {
+			t.Errorf("%v: got %d %q %v", test.err, x.answer.Status, x.body, x.answer.Fields)
 		}
 	}
 }
@@ -54,21 +54,18 @@ func TestConnectionWithClientIsKeptAfterUploads(t *testing.T) {
 	m := serving(t)
 	m.plainApp(served(t, func(w http.ResponseWriter, r *http.Request) { _, _ = io.Copy(w, r.Body) }))
 	client := m.client(false, nil)
-	before := false
 	for i := range 20 {
 		reused := false
 		ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotConn: func(c httptrace.GotConnInfo) { reused = c.Reused }})
 		var body io.Reader = strings.NewReader("body")
-		chunked := i == 10 // after which it is closed
-		if chunked {
+		if i == 10 {
 			body = io.MultiReader(body)
 		}
 		req, _ := http.NewRequestWithContext(ctx, http.MethodPost, "http://blog.test/", body)
 		resp, err := client.Do(req)
-		if got := text(t, resp, err); got != "body" || reused != before {
+		if got := text(t, resp, err); got != "body" || reused != (i > 0) {
 			t.Fatalf("request %d: %q, reused %t", i, got, reused)
 		}
-		before = !chunked
 	}
 }
 
@@ -83,7 +80,7 @@ func TestNothingIsReadBehindARequestOfDoubtfulLength(t *testing.T) {
 	_, err = io.WriteString(c, "POST / HTTP/1.1\r\nHost: blog.test\r\nContent-Length: 60\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /evil HTTP/1.1\r\nHost: blog.test\r\n\r\n")
 	check0(t, err)
 	b, err := io.ReadAll(c)
-	if n := strings.Count(string(b), "HTTP/1.1 "); n != 1 || seen.Load() != 1 {
+	if n := strings.Count(string(b), "HTTP/1.1 "); n != 1 || seen.Load() != 0 || !strings.HasPrefix(string(b), "HTTP/1.1 400 ") {
 		t.Errorf("%d answers, the app saw %d requests (%v): %q", n, seen.Load(), err, b)
 	}
 }
@@ -105,8 +102,8 @@ func TestInstanceThatDiesDuringAnUpload(t *testing.T) {
 	m := serving(t)
 	m.plainApp(rawInstance(t, func(_ int, c net.Conn) { _, _ = http.ReadRequest(bufio.NewReader(c)) }))
 	resp := m.raw("POST / HTTP/1.1\r\nHost: blog.test\r\nContent-Length: 100000\r\n\r\nonly the beginning")
-	if body := text(t, resp, nil); resp.StatusCode != 502 || body != "Bad Gateway" || !resp.Close {
-		t.Errorf("got %d %q, close %t", resp.StatusCode, body, resp.Close)
+	if body := text(t, resp, nil); resp.StatusCode != 502 || body != "Bad Gateway" {
+		t.Errorf("got %d %q", resp.StatusCode, body)
 	}
 }
 
@@ -253,16 +250,4 @@ func TestHandoverBetweenProxiesLosesNoRequest(t *testing.T) {
 	if failed.Load() != 0 {
 		t.Errorf("%d of %d failed", failed.Load(), served.Load())
 	}
-}
-
-func FuzzSplitHost(f *testing.F) {
-	for _, s := range []string{"a.test", "a.test:80", "[::1]:443", "[::1%25eth0]", "a@b", "", ":80", "a/b"} {
-		f.Add(s)
-	}
-	f.Fuzz(func(t *testing.T, host string) {
-		name, ok := splitHost(host)
-		if ok && (name == "" || strings.ContainsAny(name, "/\\?#@ \r\n\t%") || !strings.HasPrefix(host, name)) {
-			t.Errorf("%q gave %q", host, name)
-		}
-	})
 }

@@ -48,6 +48,14 @@ func change(a *app, m *wire.App, numbers ...uint32) []*instance {
 	return a.change(m, false, nil)
 }
 
+// acquire is try, and wait if there is nothing to get at once.
+func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
+	if i, err := a.try(not); i != nil || err != nil {
+		return i, err
+	}
+	return a.wait(ctx, not)
+}
+
 func (a *app) numbered(n uint32) *instance { return a.instances[tako.InstanceID{App: "blog", N: n}] }
 
 func TestRequestsBeyondTheCapWaitInTurn(t *testing.T) {

@@ -17,6 +17,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/message"
 	"tako/internal/route"
 	"tako/internal/tako"
 	"tako/internal/wire"
@@ -46,6 +47,8 @@ type Config struct {
 	Channel *ipc.Channel
 	// Version is of the build, for the greeting.
 	Version string
+	// Limits are those of connections with clients; DefaultLimits if they are zero.
+	Limits message.Limits
 }
 
 // state is what a request sees. It never changes.
@@ -78,7 +81,7 @@ type process struct {
 	tls     *tls.Config
 	flights *flights
 	handler *handler
-	front   front
+	door    *doorman
 	state   atomic.Pointer[state]
 
 	serving sync.WaitGroup // the accepting goroutines
@@ -87,9 +90,11 @@ type process struct {
 	mu        sync.Mutex
 	apps      map[tako.AppID]*app // guarded by mu
 	listening []listener          // guarded by mu
+	front     front               // guarded by mu; fixed once it serves or leaves
 	leaving   bool                // guarded by mu: nothing is to be accepted any more
 
 	settled bool // settings came
+	served  bool // guarded by mu: Serve came
 
 	// When requests and streams are cut, in Unix nanoseconds, while leaving.
 	requestsBy, streamsBy atomic.Int64
@@ -110,6 +115,9 @@ type listener struct {
 // channel is waited for: the next one asks for what is known here (wire.Resume).
 // It returns after every goroutine it started.
 func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
+	if cfg.Limits == (message.Limits{}) {
+		cfg.Limits = message.DefaultLimits()
+	}
 	p := newProcess(cfg, log)
 	background, stop := context.WithCancel(context.Background())
 	received, sent := make(chan error, 1), make(chan error, 1)
@@ -163,7 +171,8 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 	p.tls = p.certs.tlsConfig()
 	p.state.Store(&state{httpsPort: 443})
 	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
-	p.front = newNetHTTP(p.handler, p.tls, newDoorman(p.flights.most, p.isTrusted, log), log)
+	p.door = newDoorman(p.flights.most, p.isTrusted, log)
+	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, log)
 	return p
 }
 
@@ -294,8 +303,18 @@ func (p *process) settings(b *wire.ProxySettings) error {
 		}
 		st.trusted = append(st.trusted, prefix.Masked())
 	}
+	switch b.Engine {
+	case "", wire.EngineTako, wire.EngineNetHTTP:
+	default:
+		return fmt.Errorf("unknown HTTP engine %q", b.Engine)
+	}
 	p.settled = true
 	p.state.Store(&st)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.served && !p.leaving && b.Engine == wire.EngineNetHTTP {
+		p.front = newNetHTTP(p.handler, p.tls, p.door, p.cfg.Limits, p.log)
+	}
 	return nil
 }
 
@@ -356,8 +375,10 @@ func (p *process) serve() error {
 		}
 	}
 	if !p.leaving {
+		p.served = true
+		front := p.front
 		for _, l := range p.listening {
-			p.serving.Go(func() { p.front.Serve(l.Listener, l.secure) })
+			p.serving.Go(func() { front.Serve(l.Listener, l.secure) })
 		}
 	}
 	if err := p.conn.Send(0, &wire.Ready{}); err != nil {
@@ -379,9 +400,9 @@ func (p *process) drain(requests, streams time.Duration, report bool) {
 		return
 	}
 	p.leaving = true
-	listening := p.listening
+	listening, front := p.listening, p.front
 	p.beside.Go(func() {
-		cut := p.leave(listening)
+		cut := p.leave(listening, front)
 		if report {
 			p.finished.Store(true)
 			if last := p.allTraffic(); len(last) > 0 { // what came since the last report
@@ -409,8 +430,8 @@ func sooner(at *atomic.Int64, t time.Time) {
 // and returns how much that was. The order is what loses nothing: a connection
 // that was accepted is in the front's counts before they are looked at, and one
 // that was not is in the queue of a socket that others share.
-func (p *process) leave(listening []listener) (cut int) {
-	p.handler.draining.Store(true) // answers say that the connection closes
+func (p *process) leave(listening []listener, front front) (cut int) {
+	front.Drain() // answers say that the connection closes
 	for _, l := range listening {
 		_ = l.Close() // our copy alone
 	}
@@ -432,12 +453,12 @@ func (p *process) leave(listening []listener) (cut int) {
 			streamsOver = true
 			cut += p.flights.cut(true)
 		}
-		busy, idle := p.front.Count()
+		busy, idle := front.Count()
 		requests, streams := p.flights.count()
 		if shut == nil && (requestsOver || requests == 0 && busy == 0 && (idle == 0 || now.Sub(began) >= IdleGrace)) {
 			shut = make(chan struct{})
 			go func() {
-				p.front.Shutdown(ctx)
+				front.Shutdown(ctx)
 				close(shut)
 			}()
 		}
@@ -455,7 +476,7 @@ func (p *process) leave(listening []listener) (cut int) {
 			unwound.Reset(0)
 		}
 	}
-	p.front.Close()
+	front.Close()
 	cancel()
 	<-shut
 	unwound.Reset(unwindTime)

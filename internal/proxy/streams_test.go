@@ -311,8 +311,7 @@ func TestQuietComesAgainWithTheLastStream(t *testing.T) {
 func TestTunnelOfAClientThatDoesNotReadEnds(t *testing.T) {
 	client, far := net.Pipe()
 	defer far.Close()
-	w := &tunnel{client: client, renewed: time.Now()}
-	check0(t, client.SetWriteDeadline(time.Now().Add(10*time.Millisecond)))
+	w := &tunnel{client: &hijacked{Conn: client, limit: 10 * time.Millisecond}}
 	var ne net.Error
 	if err := w.write([]byte(strings.Repeat("x", 100))); !errors.As(err, &ne) || !ne.Timeout() {
 		t.Errorf("got %v", err)

@@ -4,30 +4,13 @@ import (
 	"context"
 	"errors"
 	"io"
-	"net"
 	"net/http"
-	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/net/http/httpguts"
-
+	"tako/internal/proxy/message"
 	"tako/internal/proxy/upstream"
 )
-
-// upgradeOf returns the protocol that a request asks to switch to, "" for none.
-// HTTP/2 in the clear is none: it would pass by everything here.
-func upgradeOf(r *http.Request) string {
-	protocols := r.Header["Upgrade"]
-	if r.ProtoMajor != 1 || r.ProtoMinor < 1 || r.ContentLength != 0 || len(protocols) != 1 ||
-		!httpguts.HeaderValuesContainsToken(r.Header["Connection"], "upgrade") {
-		return ""
-	}
-	if p := protocols[0]; !httpguts.ValidHeaderFieldName(strings.ReplaceAll(p, "/", "-")) || strings.HasPrefix(strings.ToLower(p), "h2") {
-		return ""
-	}
-	return protocols[0]
-}
 
 // CloseTime is what a WebSocket gets to be closed in good order, when the time
 // for streams is over.
@@ -36,65 +19,50 @@ const CloseTime = time.Second
 // tunnel is a connection with a client and one with an instance whose bytes are
 // passed on as they are.
 type tunnel struct {
-	client   net.Conn
+	client   message.Stream
 	instance *upstream.Tunnel
 	// frames follows what goes to the client; nil if it is no WebSocket.
 	frames *frames
 
 	mu      sync.Mutex // held over each write to the client
-	renewed time.Time  // guarded by mu: when its deadline was set
 	closing bool       // guarded by mu: a Close frame goes out after the frame under way
 	closed  bool       // guarded by mu: it did, and nothing may follow
 }
 
-// isWebSocket: the instance agreed to speak WebSocket.
-func isWebSocket(h http.Header) bool {
-	return strings.EqualFold(h.Get("Upgrade"), "websocket") && h.Get("Sec-Websocket-Accept") != ""
-}
-
-// tunnel passes bytes in both directions until both have ended, or ctx.
-func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *flight, resp *upstream.Response, id string) {
+// tunnel passes bytes in both directions until both have ended, or the flight is
+// cut.
+func (h *handler) tunnel(fl *flight, in *upstream.Incoming, id []byte) {
 	fl.becomeStream()
-	defer resp.Tunnel.Close()
-	if !fl.detach() {
-		panic(http.ErrAbortHandler)
+	defer in.Tunnel.Close()
+	resp := &in.Response
+	isWebSocket := message.EqualFold(resp.Upgrade, "websocket") && resp.Get(message.SecWebSocketAccept) != nil
+	responseFields(resp, id)
+	if fl.x.Request().Extended {
+		resp.Status, resp.Upgrade = http.StatusOK, nil
+		resp.Fields = without(resp.Fields, message.SecWebSocketAccept)
 	}
-	conn, brw, err := rc.Hijack()
-	if err != nil {
-		h.log.Error("connection cannot be taken over", "app", fl.app.id, "error", err)
-		panic(http.ErrAbortHandler)
-	}
-	defer conn.Close()
-	t := &tunnel{client: conn, instance: resp.Tunnel}
-	if isWebSocket(resp.Header) {
-		t.frames = &frames{}
-	}
-
-	header := make(http.Header)
-	responseHeader(header, resp.Header)
-	delete(header, "Content-Type")
-	delete(header, "Content-Length")
-	if v := resp.Header["Content-Type"]; v != nil {
-		header["Content-Type"] = v
-	}
-	header[requestID] = []string{id}
-	header["Connection"] = []string{"Upgrade"}
-	header["Upgrade"] = resp.Header["Upgrade"]
-	_ = conn.SetWriteDeadline(time.Now().Add(ReplyTime))
-	_, _ = brw.WriteString("HTTP/1.1 101 Switching Protocols\r\n")
-	_ = header.Write(brw)
-	_, _ = brw.WriteString("\r\n")
-	if brw.Flush() != nil {
+	if err := fl.x.Begin(resp); err != nil {
+		fl.x.Abort()
 		return
 	}
-	_ = conn.SetReadDeadline(time.Time{})
-	stop := context.AfterFunc(ctx, func() { t.end(errors.Is(context.Cause(ctx), errCut)) })
+	stream, err := fl.x.Tunnel()
+	if err != nil {
+		h.log.Debug("connection cannot be taken over", "app", fl.app.id, "error", err)
+		fl.x.Abort()
+		return
+	}
+	defer stream.Close()
+	t := &tunnel{client: stream, instance: in.Tunnel}
+	if isWebSocket {
+		t.frames = &frames{}
+	}
+	stop := context.AfterFunc(fl.Context(), func() { t.end(errors.Is(fl.Cause(), errCut)) })
 	defer stop()
 
 	up := make(chan struct{})
 	go func() {
 		defer close(up)
-		if _, err := brw.WriteTo(t.instance); err != nil {
+		if t.up() != nil {
 			t.close()
 			return
 		}
@@ -102,20 +70,45 @@ func (h *handler) tunnel(ctx context.Context, rc *http.ResponseController, fl *f
 	}()
 	if t.down() != nil {
 		t.close()
-	} else {
-		closeWrite(conn)
+	} else if t.client.CloseWrite() != nil {
+		t.close()
 	}
 	<-up
 }
 
+func without(fields []message.Field, id message.ID) []message.Field {
+	to := fields[:0]
+	for _, f := range fields {
+		if f.ID != id {
+			to = append(to, f)
+		}
+	}
+	return to
+}
+
+// up passes on what the client sends, until its end.
+func (t *tunnel) up() error {
+	return pump(t.client, func(b []byte) error {
+		_, err := t.instance.Write(b)
+		return err
+	})
+}
+
 // down passes on what the instance sends, until its end.
-func (t *tunnel) down() error {
-	buf := replyBuffers.Get().(*[]byte)
-	defer replyBuffers.Put(buf)
+func (t *tunnel) down() error { return pump(t.instance, t.write) }
+
+// tunnelBuffer is small: a tunnel holds two for as long as it lasts.
+const tunnelBuffer = 8 << 10
+
+var tunnelBuffers = sync.Pool{New: func() any { b := make([]byte, tunnelBuffer); return &b }}
+
+func pump(from io.Reader, to func([]byte) error) error {
+	buf := tunnelBuffers.Get().(*[]byte)
+	defer tunnelBuffers.Put(buf)
 	for {
-		n, err := t.instance.Read(*buf)
+		n, err := from.Read(*buf)
 		if n > 0 {
-			if werr := t.write((*buf)[:n]); werr != nil {
+			if werr := to((*buf)[:n]); werr != nil {
 				return werr
 			}
 		}
@@ -142,10 +135,6 @@ func (t *tunnel) write(b []byte) error {
 	last := t.closing && whole >= 0
 	if last {
 		b = b[:whole]
-	}
-	if now := time.Now(); now.Sub(t.renewed) > deadlineSlack {
-		_ = t.client.SetWriteDeadline(now.Add(ReplyTime))
-		t.renewed = now
 	}
 	_, err := t.client.Write(b)
 	if err == nil && last {
@@ -184,11 +173,4 @@ func (t *tunnel) end(properly bool) {
 func (t *tunnel) close() {
 	_ = t.instance.Close()
 	_ = t.client.Close()
-}
-
-func closeWrite(c net.Conn) {
-	if h, ok := c.(interface{ CloseWrite() error }); ok && h.CloseWrite() == nil {
-		return
-	}
-	_ = c.Close()
 }

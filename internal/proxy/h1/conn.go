@@ -103,10 +103,8 @@ func (c *conn) serve() {
 			c.phase.store(head, c.srv.clock.Load())
 		}
 		c.release()
+		// Even if the server drains since: its answer has promised to read on.
 		c.phase.store(idle, c.srv.clock.Load())
-		if c.srv.draining.Load() {
-			return
-		}
 	}
 }
 

@@ -19,6 +19,8 @@ const (
 	// GoneTime is the age of an exchange from which it is looked at whether its
 	// client is still there.
 	GoneTime = time.Second
+	// shutdownTime is how often Shutdown looks for connections that have come to wait.
+	shutdownTime = 10 * time.Millisecond
 	// sweepTime is how often all connections are looked at, at most.
 	sweepTime = time.Second
 )
@@ -86,9 +88,17 @@ func (s *Server) Shutdown(ctx context.Context) {
 	}
 	none := s.none
 	s.mu.Unlock()
-	select {
-	case <-none:
-	case <-ctx.Done():
+	tick := time.NewTicker(shutdownTime)
+	defer tick.Stop()
+	for {
+		select {
+		case <-none:
+			return
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			s.CloseIdle() // whose answer began before the drain
+		}
 	}
 }
 
@@ -123,6 +133,18 @@ func (s *Server) Count() (busy, waiting int) {
 		}
 	}
 	return busy, waiting
+}
+
+// Lasting returns the connections whose exchange is a stream.
+func (s *Server) Lasting() (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		if c.lasts.Load() {
+			n++
+		}
+	}
+	return n
 }
 
 // all appends all connections to to.

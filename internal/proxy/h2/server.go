@@ -184,3 +184,15 @@ func (s *Server) Count() (busy, idle int) {
 	}
 	return busy, idle
 }
+
+// Lasting returns the connections whose requests all are streams.
+func (s *Server) Lasting() (n int) {
+	for _, c := range s.all() {
+		c.mu.Lock()
+		if c.ready && !c.bringing && c.lasting > 0 && c.lasting == len(c.open) {
+			n++
+		}
+		c.mu.Unlock()
+	}
+	return n
+}

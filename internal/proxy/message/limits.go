@@ -32,6 +32,6 @@ type Limits struct {
 func DefaultLimits() Limits {
 	return Limits{
 		Head: 10 * time.Second, Keep: 120 * time.Second, Body: 60 * time.Second, BodyRate: 128, Write: 60 * time.Second,
-		Linger: 500 * time.Millisecond, LingerBytes: 256 << 10, HalfOpen: 30 * time.Second, Streams: 100,
+		Linger: 500 * time.Millisecond, LingerBytes: 256 << 10, HalfOpen: 10 * time.Second, Streams: 100,
 	}
 }

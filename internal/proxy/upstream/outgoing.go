@@ -48,6 +48,13 @@ type Outgoing struct {
 	in Incoming
 }
 
+// Clear makes r empty, keeping the room of Fields and of its answer, which is
+// closed.
+func (r *Outgoing) Clear() {
+	r.Method, r.Target, r.Host, r.Fields, r.Length, r.HasLength = nil, nil, nil, r.Fields[:0], 0, false
+	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform = nil, nil, false, false, nil
+}
+
 // smallBody bounds what is written together with its head.
 const smallBody = 16 << 10
 
