@@ -3,6 +3,7 @@ package master
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -25,17 +26,42 @@ var errNoAgent = tako.Errorf(tako.CodeBusy, "tako-agent is not running at the mo
 // runAgent runs one agent to its end.
 func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Time, err error) {
 	if l := s.adopted.takeAgent(); l != nil {
+		if l.knows != nil {
+			return s.employAndServe(ctx, l)
+		}
 		// It knows its instances already, and every proxy's dialling socket.
 		s.agentMu.Lock()
 		s.agent = l
 		s.agentMu.Unlock()
 		s.agentReady.Do(func() { close(s.agentUp) })
-		return s.serveAgent(ctx, l, func() {})
+		return s.serveAgent(ctx, l)
 	}
+	l := s.takeSpare()
+	if l == nil {
+		if l, err = s.startAgent(ctx, generation); err != nil {
+			return ready, err
+		}
+	}
+	return s.employAndServe(ctx, l)
+}
+
+func (s *server) employAndServe(ctx context.Context, l *link) (time.Time, error) {
+	var employing sync.WaitGroup
+	defer employing.Wait() // it sends, which ends with the link
+	employing.Go(func() { s.employ(l) })
+	return s.serveAgent(ctx, l)
+}
+
+// startAgent starts an agent and returns when it is ready. Nobody receives from it
+// then.
+func (s *server) startAgent(ctx context.Context, generation uint64) (*link, error) {
 	l, err := s.startLink(s.agentProgram, wire.LinkAgent, generation, s.agentIdentity())
 	if err != nil {
-		return ready, err
+		return nil, err
 	}
+	defer context.AfterFunc(ctx, func() { l.end(errNoServer) })()
+	late := time.AfterFunc(ReadyTimeout, func() { l.kill(errors.New("not ready in time")) })
+	defer late.Stop()
 	s.groups.place(l.child.PID)
 	settings := &wire.AgentSettings{PortMin: s.s.portMin, PortMax: s.s.portMax, Groups: s.groups.Groups}
 	if s.privileged {
@@ -43,28 +69,29 @@ func (s *server) runAgent(ctx context.Context, generation uint64) (ready time.Ti
 		settings.MinAppUID, settings.MaxAppUID = s.s.uidMin, s.s.uidMax
 		settings.Owner, settings.OwnerGroup = uint32(os.Geteuid()), uint32(os.Getegid()) // ids are 32 bits
 	}
-	if err := l.conn.Send(0, settings); err != nil {
-		l.end(err)
-	}
-	late := time.AfterFunc(ReadyTimeout, func() {
-		if !l.ready.Load() {
-			l.kill(errors.New("not ready in time"))
+	err = l.conn.Send(0, settings)
+	for err == nil && !l.ready.Load() {
+		var m wire.Message
+		m, err = l.conn.Receive()
+		m.Discard()
+		if _, ok := m.Body.(*wire.Ready); ok && err == nil {
+			l.setState("ready")
+			l.ready.Store(true)
 		}
-	})
-	defer late.Stop()
-	var employing sync.WaitGroup
-	defer employing.Wait() // it sends, which ends with the link
-	return s.serveAgent(ctx, l, func() {
-		s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
-		employing.Go(func() { s.employ(l) })
-	})
+	}
+	if err != nil {
+		l.lastWord()
+		l.end(err)
+		<-l.child.Done()
+		return nil, fmt.Errorf("start %s: %w", wire.Agent, l.why)
+	}
+	s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
+	return l, nil
 }
 
 // serveAgent hears an agent to its end, and settles what it leaves.
-func (s *server) serveAgent(ctx context.Context, l *link, onReady func()) (ready time.Time, err error) {
-	if l.ready.Load() {
-		ready = l.startedAt
-	}
+func (s *server) serveAgent(ctx context.Context, l *link) (ready time.Time, err error) {
+	ready = time.Now()
 	go l.beat(ctx)
 	go func() {
 		select {
@@ -73,10 +100,7 @@ func (s *server) serveAgent(ctx context.Context, l *link, onReady func()) (ready
 		case <-l.ended:
 		}
 	}()
-	l.receive(func() {
-		ready = time.Now()
-		onReady()
-	}, s.fromAgent)
+	l.receive(func() {}, s.fromAgent)
 	s.agentMu.Lock()
 	if s.agent == l {
 		s.agent = nil
@@ -100,16 +124,35 @@ func (s *server) serveAgent(ctx context.Context, l *link, onReady func()) (ready
 var errReleased = errors.New("it has left to the next agent")
 
 // replaceAgent has the agent leave its instances to a new one, and waits for that.
+// At no moment is there an instance that no agent would end should we die: the new
+// one holds them all before the old one leaves.
 func (s *server) replaceAgent(ctx context.Context) error {
+	next, err := s.startAgent(ctx, s.agentGeneration.Add(1))
+	if err != nil {
+		if ctx.Err() != nil {
+			return errNoServer
+		}
+		return fmt.Errorf("the new tako-agent did not come up (%w): the old one goes on", err)
+	}
+	s.kept.store.Flush() // or it would end what it holds, should we die with a service manager
+	next.knows = make(map[tako.InstanceID]bool)
+	for _, a := range s.allApps() {
+		if err := next.hand(a.handovers(next.knows), true); err != nil {
+			next.kill(err)
+			return fmt.Errorf("the new tako-agent does not take its messages (%w): the old one goes on", err)
+		}
+	}
 	s.agentMu.Lock()
 	l, came := s.agent, s.agentCame
-	if l != nil {
+	if l == nil || s.noSpare { // it has just died, and another one is on its way
+		s.agentMu.Unlock()
+		next.kill(errReleased)
+	} else {
 		s.agent = nil // what is to be started meanwhile waits for the next
+		s.spare = next
 		l.released.Store(true)
 		l.post(&wire.Release{})
-	}
-	s.agentMu.Unlock()
-	if l != nil {
+		s.agentMu.Unlock()
 		// Killed, and not only cut off: at the end of its channel an agent stops its
 		// instances, and when it dies it does not.
 		time.AfterFunc(ReleaseTime, func() {
@@ -127,6 +170,26 @@ func (s *server) replaceAgent(ctx context.Context) error {
 		return errors.New("the new tako-agent did not come up: instances run on, unwatched, until one does")
 	case <-ctx.Done():
 		return errNoServer
+	}
+}
+
+// takeSpare returns the agent that is to be the next, once; nil if there is none.
+func (s *server) takeSpare() *link {
+	s.agentMu.Lock()
+	defer s.agentMu.Unlock()
+	l := s.spare
+	s.spare = nil
+	return l
+}
+
+// endSpare ends the agent that was to be the next: it stops what it holds.
+func (s *server) endSpare() {
+	s.agentMu.Lock()
+	s.noSpare = true
+	s.agentMu.Unlock()
+	if l := s.takeSpare(); l != nil {
+		l.end(errNoServer)
+		<-l.child.Done()
 	}
 }
 
@@ -212,16 +275,20 @@ func (s *server) agentCall(ctx context.Context, body any, files ...ipc.FD) (wire
 // beside the receiver of the link: who receives from a child must not wait for it
 // to receive.
 func (s *server) employ(l *link) {
+	if l.knows == nil {
+		l.knows = make(map[tako.InstanceID]bool)
+	}
+	var err error
 	for _, a := range s.allApps() {
-		for _, h := range a.handovers() {
-			err := l.conn.Send(0, h.adopt, h.files...)
-			for _, fd := range h.files {
-				fd.Close()
-			}
-			if err != nil {
-				l.kill(err) // the next one adopts them
-			}
+		if err == nil {
+			err = l.hand(a.handovers(l.knows), false)
 		}
+	}
+	if err == nil {
+		err = l.conn.Send(0, &wire.Begin{})
+	}
+	if err != nil {
+		l.kill(err) // the next one adopts them
 	}
 	s.agentMu.Lock()
 	s.agent = l
@@ -245,14 +312,30 @@ func (s *server) employ(l *link) {
 	s.agentReady.Do(func() { close(s.agentUp) })
 }
 
+// hand hands instances to an agent, which holds them until Begin if hold is set.
+func (l *link) hand(all []handover, hold bool) (err error) {
+	for _, h := range all {
+		if err == nil {
+			h.adopt.Hold = hold
+			err = l.conn.Send(0, h.adopt, h.files...)
+			l.knows[h.adopt.Start.Instance] = true
+		}
+		for _, fd := range h.files {
+			fd.Close()
+		}
+	}
+	return err
+}
+
 // A handover is an instance with duplicates of its descriptors.
 type handover struct {
 	adopt *wire.Adopt
 	files []ipc.FD
 }
 
-// handovers returns the instances of an app that were started.
-func (a *app) handovers() []handover {
+// handovers returns the instances of an app that were started, but for those that
+// the agent knows.
+func (a *app) handovers(knows map[tako.InstanceID]bool) []handover {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	via := make(map[uint32]string)
@@ -261,7 +344,7 @@ func (a *app) handovers() []handover {
 	}
 	var all []handover
 	for n, p := range a.procs {
-		if len(p.held) == 0 {
+		if len(p.held) == 0 || knows[a.instance(n)] {
 			continue
 		}
 		h := handover{adopt: &wire.Adopt{
@@ -308,6 +391,31 @@ func (s *server) orphaned() {
 		}
 	}
 	s.endOrphans(keep)
+	if s.survived.any { // an agent that was not our child leaves its orphans to others
+		s.endLeftovers(0, s.instances)
+	}
+}
+
+// OrphanGrace is how long what a dead agent left may take to end by itself when
+// the server stops.
+const OrphanGrace = 5 * time.Second
+
+// askOrphans asks what a dead agent left to end, and waits for it.
+func (s *server) askOrphans() {
+	told := make(map[int]bool)
+	for end := time.Now().Add(OrphanGrace); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		left := supervise.Orphans()
+		if len(left) == 0 {
+			return
+		}
+		for _, r := range left {
+			if !told[r.PID] {
+				told[r.PID] = true
+				s.log.Warn("asking a process that a dead tako-agent left to end", logging.PID, r.PID)
+				supervise.TermIf(r)
+			}
+		}
+	}
 }
 
 // OrphanWait bounds the ending of what a dead agent left behind.
@@ -316,11 +424,14 @@ const OrphanWait = 3 * time.Second
 // endOrphans ends every process that a dead agent left to us but those of the
 // instances in keep. We are their parent now.
 func (s *server) endOrphans(keep map[int]tako.InstanceID) {
+	if keep == nil {
+		s.askOrphans()
+	}
 	told := make(map[int]bool)
 	for end, pause := time.Now().Add(OrphanWait), time.Millisecond; time.Now().Before(end); pause = min(2*pause, 20*time.Millisecond) {
 		left := 0
 		for _, r := range supervise.Orphans() {
-			if s.kept(r, keep) {
+			if s.spares(r, keep) {
 				continue
 			}
 			left++
@@ -338,9 +449,9 @@ func (s *server) endOrphans(keep map[int]tako.InstanceID) {
 	s.log.Error("a process that a dead tako-agent left does not end")
 }
 
-// kept reports whether an orphan belongs to one of these instances. With none to
+// spares reports whether an orphan belongs to one of these instances. With none to
 // keep nothing is kept.
-func (s *server) kept(r supervise.Relation, keep map[int]tako.InstanceID) bool {
+func (s *server) spares(r supervise.Relation, keep map[int]tako.InstanceID) bool {
 	for _, leader := range []int{r.PID, r.Session, r.Group} {
 		if _, ok := keep[leader]; ok {
 			return true
@@ -362,7 +473,7 @@ func (s *server) kept(r supervise.Relation, keep map[int]tako.InstanceID) bool {
 		b, _ := os.ReadFile(proc + file) // it may have gone: then it is not killed either
 		return string(b)
 	}
-	ours := "/" + groupPrefix + strconv.Itoa(os.Getpid()) + "/"
+	ours := "/" + groupPrefix + strconv.Itoa(s.groups.pid) + "/"
 	for line := range strings.Lines(read("cgroup")) {
 		if _, name, ok := strings.Cut(strings.TrimSpace(line), ours); ok && name != agentGroup {
 			return is(name)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -31,6 +32,7 @@ const PortsPerApp = 40
 // environment and secrets of one moment.
 type build struct {
 	number   rollout.Build
+	rollout  int64 // rolloutOf what it was, or is to be, committed as
 	release  tako.ReleaseID
 	dir      string
 	manifest *release.Manifest
@@ -201,6 +203,7 @@ func (a *app) startInstance(act rollout.StartInstance) {
 	p.start = &wire.Start{
 		Instance: a.instance(act.N),
 		Release:  b.release,
+		Rollout:  b.rollout,
 		Command:  wire.Command{Dir: b.dir, Argv: argv, Env: a.environment(b, act.N, p), User: a.user()},
 		Port:     p.port,
 		Socket:   p.socket,
@@ -266,6 +269,7 @@ func (a *app) ended(n uint32, f rollout.Fact) {
 		for _, fd := range p.held {
 			fd.Close()
 		}
+		a.srv.dropInstance(a.instance(n))
 		delete(a.procs, n)
 		a.srv.proxies.forget(a.instance(n))
 	}
@@ -319,7 +323,7 @@ func (a *app) environment(b *build, n uint32, p *process) []string {
 		env["PORT"] = strconv.Itoa(int(p.port))
 		env["HOST"], env["HOSTNAME"] = "127.0.0.1", "127.0.0.1"
 	} else {
-		env["TAKO_PROCESS"] = p.name
+		env[strings.TrimSuffix(envProcess, "=")] = p.name
 	}
 	env["TAKO_INSTANCE"] = strconv.FormatUint(uint64(n), 10)
 	if p.socket != "" {
@@ -327,6 +331,9 @@ func (a *app) environment(b *build, n uint32, p *process) []string {
 	}
 	return environ(env)
 }
+
+// envProcess tells a process without routes its name in the manifest.
+const envProcess = "TAKO_PROCESS="
 
 // stepEnvironment is the environment of an install step, without what only an
 // instance has.
@@ -487,6 +494,7 @@ func (a *app) from(m wire.Message) {
 				a.log.Debug("limits of the instance", logging.Instance, b.Instance.N, "kept_by", b.Limits)
 			}
 			m.Files = nil
+			a.srv.keepInstance(b.Instance, p)
 		}
 		a.mu.Unlock()
 		m.Discard()
@@ -499,6 +507,12 @@ func (a *app) from(m wire.Message) {
 		}
 		a.step(rollout.Probed{N: b.Instance.N, Good: b.Good, Streak: b.Streak, Accepts: b.Accepts, Via: string(b.Via), Detail: b.Detail})
 	case *wire.Exited:
+		a.mu.Lock()
+		known := a.procs[b.Instance.N] != nil
+		a.mu.Unlock()
+		if !known {
+			return // two agents have seen it
+		}
 		a.log.Info("instance exited", logging.Instance, b.Instance.N, "how", exitText(b.Exit))
 		a.ended(b.Instance.N, rollout.Exited{N: b.Instance.N, Reason: a.exitReason(b), Lines: b.LastLines})
 	}

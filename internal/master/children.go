@@ -13,10 +13,12 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
+	"tako/internal/fdstore"
 	"tako/internal/ipc"
 	"tako/internal/logging"
 	"tako/internal/sandbox"
 	"tako/internal/supervise"
+	"tako/internal/tako"
 	"tako/internal/wire"
 )
 
@@ -73,6 +75,13 @@ type link struct {
 
 	// released: an agent that was asked to leave its instances to the next.
 	released atomic.Bool
+	// knows: an agent's instances, before it is employed; nil for none.
+	knows map[tako.InstanceID]bool
+
+	// version of its build, and what the service manager keeps of it.
+	version string
+	kept    *fdstore.Store
+	names   []string
 
 	endOnce sync.Once
 	ended   chan struct{} // closed when the link is of no more use
@@ -82,6 +91,7 @@ type link struct {
 // startLink starts a child and exchanges greetings with it.
 func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *sandbox.Identity) (*link, error) {
 	log := s.log.With(logging.Role, string(prog.role), logging.Generation, generation)
+	s.keepState()
 	child, err := supervise.Start(supervise.Spec{
 		Role: string(prog.role), Program: int(prog.fd), Identity: id,
 		Args: []string{"--log-level=" + s.s.LogLevel},
@@ -93,7 +103,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		role: prog.role, generation: generation, child: child,
 		conn: wire.NewConn(child.Channel, kind, wire.Master), log: log,
 		startedAt: time.Now(), pongs: make(chan uint64, 4), ended: make(chan struct{}),
-		outWake: make(chan struct{}, 1), pauser: newPauser(),
+		outWake: make(chan struct{}, 1), pauser: newPauser(), version: s.version,
 	}
 	l.calls = wire.NewCalls(l.conn)
 	l.setState("starting")
@@ -101,6 +111,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		l.end(err)
 		return nil, fmt.Errorf("start %s: %w", prog.role, err)
 	}
+	s.keepChild(l)
 	go l.deliver()
 	return l, nil
 }
@@ -195,6 +206,7 @@ func (l *link) end(why error) {
 		close(l.ended)
 		l.calls.End()
 		_ = l.conn.Close()
+		l.kept.Drop(l.names...) // or the child would not see the end of its channel
 		go func() {
 			select {
 			case <-l.child.Done():
@@ -309,12 +321,16 @@ func (l *link) beat(ctx context.Context) {
 const ServedPause = 500 * time.Millisecond
 
 // keep runs a child for ever: start it, serve it, and after its end start the
-// next, with the pauses of the policy. run returns once the child has ended, with
-// the time it
-// was ready, zero for never.
-func (s *server) keep(ctx context.Context, role wire.Role, first uint64, run func(ctx context.Context, generation uint64) (ready time.Time, err error)) {
+// next, with the pauses of the policy. newest is the newest generation; goesOn
+// says that it lives, and run goes on with it. run returns once the child has
+// ended, with the time it was ready, zero for never.
+func (s *server) keep(ctx context.Context, role wire.Role, newest *atomic.Uint64, goesOn bool, run func(ctx context.Context, generation uint64) (ready time.Time, err error)) {
 	var policy supervise.Policy
-	for generation := first; ctx.Err() == nil; generation++ {
+	for ; ctx.Err() == nil; goesOn = false {
+		generation := newest.Load()
+		if !goesOn {
+			generation = newest.Add(1)
+		}
 		ready, err := run(ctx, generation)
 		if ctx.Err() != nil {
 			return

@@ -124,6 +124,7 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 	next.ID, next.Release, next.Path, next.Routes = a.id, r.release, r.dir, r.routes
 	next.Instances, next.IdleTimeout, next.Stopped = r.instances, r.idle, false
 	next.SecretsHash, next.DeployedAt = hash, now
+	b.rollout = rolloutOf(next)
 
 	progress(fmt.Sprintf("starting %s of %s %s", count(max(1, int(r.instances)), "instance"), a.id, r.release))
 	a.mu.Lock()

@@ -1,6 +1,7 @@
 package master
 
 import (
+	"cmp"
 	"errors"
 	"io/fs"
 	"os"
@@ -33,6 +34,7 @@ const groupsWait = time.Second
 // A groups is our folders of control groups.
 type groups struct {
 	wire.Groups
+	pid   int    // in the name of our folders: of the first of us, if that died
 	above string // the folder that V2 is in
 	moved bool   // we have left it, for agentGroup
 	log   hclog.Logger
@@ -90,7 +92,7 @@ func ownGroups(cgroup string, mounts map[string]mount) map[string]string {
 // removes what dead servers left there.
 func (s *server) makeGroups() *groups {
 	log := s.log
-	g := &groups{log: log}
+	g := &groups{log: log, pid: cmp.Or(s.groupsPID, os.Getpid())}
 	mountinfo, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return g
@@ -100,12 +102,12 @@ func (s *server) makeGroups() *groups {
 		return g
 	}
 	own := ownGroups(string(cgroup), groupMounts(string(mountinfo)))
-	name := groupPrefix + strconv.Itoa(os.Getpid())
+	name := groupPrefix + strconv.Itoa(g.pid)
 	if above, ok := strings.CutSuffix(own[""], "/"+name+"/"+agentGroup); ok {
 		own[""], g.moved = above, true // an image of this process before us went there
 	}
 	for _, above := range own {
-		sweepGroups(above)
+		sweepGroups(above, name)
 	}
 	folder := func(controller string) string {
 		above, ok := own[controller]
@@ -241,7 +243,7 @@ func removeGroup(dir string) bool {
 
 // sweepGroups removes the folders of servers that are gone. The kernel refuses to
 // remove one in which something runs.
-func sweepGroups(above string) {
+func sweepGroups(above, but string) {
 	entries, err := os.ReadDir(above)
 	if err != nil {
 		return
@@ -249,7 +251,7 @@ func sweepGroups(above string) {
 	for _, e := range entries {
 		num, ok := strings.CutPrefix(e.Name(), groupPrefix)
 		pid, err := strconv.Atoi(num)
-		if !ok || err != nil || strconv.Itoa(pid) != num {
+		if !ok || err != nil || strconv.Itoa(pid) != num || e.Name() == but {
 			continue
 		}
 		if _, lives := supervise.Look(pid); !lives {

@@ -59,7 +59,7 @@ func TestOnlyEmptyGroupsOfDeadServersAreRemoved(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	sweepGroups(above)
+	sweepGroups(above, "")
 	for name, want := range map[string]bool{
 		groupPrefix + nobody: false, groupPrefix + nobody + "0": true, mine: true, "tako-x": true, "tako-0" + nobody: true, "other-" + nobody: true,
 	} {

@@ -4,14 +4,17 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
 
+	"tako/internal/fdstore"
 	"tako/internal/ipc"
 	"tako/internal/wire"
 )
@@ -92,10 +95,9 @@ func openPort(s settled, w wantedPort) (listener, error) {
 // inherited sorts the descriptors that systemd's socket units passed, by name:
 // "http" and "https" are ports, "mgmt" is the management socket. Their order is
 // never to be relied on.
-func inherited(names []string, first int) (ports []listener, mgmt ipc.FD, err error) {
-	for i, name := range names {
-		fd := ipc.FD(first + i)
-		unix.CloseOnExec(int(fd))
+func inherited(units map[ipc.FD]string) (ports []listener, mgmt ipc.FD, err error) {
+	for _, fd := range slices.Sorted(maps.Keys(units)) {
+		name := units[fd]
 		listening, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 		if err != nil || listening != 1 {
 			return nil, 0, fmt.Errorf("inherited descriptor %q is not a listening socket: mend the socket unit", name)
@@ -260,12 +262,12 @@ func listeningInodes(file string, port uint16, into map[string]bool) {
 	}
 }
 
-// activated returns what systemd's socket units passed, and forgets the
-// environment variables that say so: children must not see them.
-func activated() (ports []listener, mgmt ipc.FD, err error) {
+// activated returns what systemd kept for us and what its socket units passed, and
+// forgets the environment variables that say so: children must not see them.
+func activated() (kept fdstore.Passed, ports []listener, mgmt ipc.FD, err error) {
 	pid, err := strconv.Atoi(os.Getenv("LISTEN_PID"))
 	if err != nil || pid != os.Getpid() {
-		return nil, 0, nil //nolint:nilerr // not for us
+		return nil, nil, 0, nil //nolint:nilerr // not for us
 	}
 	n, err := strconv.Atoi(os.Getenv("LISTEN_FDS"))
 	names := strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
@@ -273,10 +275,12 @@ func activated() (ports []listener, mgmt ipc.FD, err error) {
 		_ = os.Unsetenv(name)
 	}
 	if err != nil || n < 0 || n != len(names) {
-		return nil, 0, fmt.Errorf("LISTEN_FDS and LISTEN_FDNAMES do not agree: start tako-master by its units")
+		return nil, nil, 0, fmt.Errorf("LISTEN_FDS and LISTEN_FDNAMES do not agree: start tako-master by its units")
 	}
 	const firstFD = 3 // SD_LISTEN_FDS_START
-	return inherited(names, firstFD)
+	kept, units := fdstore.Sort(names, firstFD)
+	ports, mgmt, err = inherited(units)
+	return kept, ports, mgmt, err
 }
 
 func socketpair() ([2]int, error) {

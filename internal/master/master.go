@@ -25,6 +25,7 @@ import (
 
 	"tako/internal/atomicfile"
 	"tako/internal/cert"
+	"tako/internal/fdstore"
 	"tako/internal/handoff"
 	"tako/internal/ipc"
 	"tako/internal/logging"
@@ -77,6 +78,20 @@ type server struct {
 	agentProgram program
 	proxyProgram program
 
+	// What the service manager keeps, and what it passed to us: see kept.go.
+	kept         keeping
+	unitPorts    []listener
+	unitMgmt     ipc.FD
+	survived     survived
+	portsChanged bool // those of the settings are not those that were kept
+	groupsPID    int  // in the name of our control groups; 0: our own
+	mgmtPID      int  // in the name of the management socket that was kept
+	mgmt         *net.UnixListener
+
+	// The newest generations.
+	agentGeneration atomic.Uint64
+	proxyGeneration atomic.Uint64
+
 	hup       chan os.Signal
 	selfPath  string   // of the installed tako-master
 	lock      *os.File // of the data root
@@ -105,6 +120,8 @@ type server struct {
 
 	agentMu    sync.Mutex
 	agent      *link         // nil while there is none
+	spare      *link         // the next agent, while the one before leaves
+	noSpare    bool          // the server stops: there is to be none any more
 	agentCame  chan struct{} // closed, and made anew, when there is one
 	agentReady sync.Once
 	agentUp    chan struct{}
@@ -150,6 +167,16 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 			f()
 		}
 	}()
+	var names []string
+	if st != nil {
+		names, s.groupsPID = st.Kept, st.GroupsPID
+	} else if names, err = s.receive(); err != nil {
+		return err
+	}
+	if s.kept.store, err = fdstore.Open(names, log); err != nil {
+		return err
+	}
+	defer s.kept.store.Close()
 	mgmt, regs, err := s.open(ctx, c, st)
 	if err != nil {
 		if st == nil {
@@ -210,8 +237,9 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 			s.log.Warn("profiling socket not taken away", logging.Err, err)
 		}
 	})
+	s.recallState()
 	s.groups = s.makeGroups()
-	if st == nil { // else the image before ours may have to go on with them
+	if st == nil && s.groups.pid == os.Getpid() { // else others may have to go on with them
 		s.undo = append(s.undo, s.groups.remove)
 	}
 	if gid, ok := groupID(s.s.SocketGroup); ok {
@@ -227,6 +255,11 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	}
 	if err != nil {
 		return nil, nil, err
+	}
+	s.mgmt = mgmt
+	if s.layout.Second != 0 { // it begins anew when it dies: the owner serves
+		s.kept.store.Close()
+		s.kept.store = nil
 	}
 	if !s.follows() {
 		close(s.owned)
@@ -255,10 +288,16 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 			return nil, nil, err
 		}
 		s.log.Info("going on after a reload", logging.Version, s.version, "from", st.Version, "reloads", st.Reloads, "apps", len(regs))
+		s.keepAll()
 		return mgmt, regs, nil
 	}
-	s.expect(regs)
-	s.log.Info("starting", logging.Version, s.version, "data", s.layout.Data, "socket", s.layout.Socket,
+	s.recover(ctx, regs)
+	s.keepAll()
+	what := "starting"
+	if s.survived.any {
+		what = "going on after the death of another tako-master"
+	}
+	s.log.Info(what, logging.Version, s.version, "data", s.layout.Data, "socket", s.layout.Socket,
 		"http", s.httpPort(), "https", s.httpsPort(), "apps", len(regs), "isolation", isolation(s.privileged))
 	if s.follows() {
 		s.log.Info("serving beside the owner of the data root", logging.PID, s.ownerPID.Load())
@@ -308,7 +347,7 @@ func (s *server) openStore(ctx context.Context) (err error) {
 // may be the second server of the data root.
 func (s *server) openSockets(ctx context.Context) (*net.UnixListener, error) {
 	var err error
-	s.lock, err = lockRoot(s.layout.Lock())
+	s.lock, err = s.takeLock()
 	if err != nil && tako.AsError(err).Code == tako.CodeConflict && s.s.InstancePortOffset != 0 {
 		return s.openBeside(ctx, err)
 	}
@@ -316,22 +355,27 @@ func (s *server) openSockets(ctx context.Context) (*net.UnixListener, error) {
 		return nil, err
 	}
 	s.undo = append(s.undo, func() { _ = s.lock.Close() })
-	ports, inheritedMgmt, err := activated()
-	if err != nil {
-		return nil, err
-	}
+	ports, inheritedMgmt := s.unitPorts, s.unitMgmt
 	s.undo = append(s.undo, s.closePorts)
 	s.listeners, s.activated = ports, len(ports) > 0
 	if err := checkInherited(ports); err != nil {
 		return nil, err
 	}
 	if !s.activated {
-		if s.listeners, err = openListeners(s.s); err != nil {
+		if s.listeners, err = s.keptPorts(); err == nil && s.listeners == nil {
+			if s.listeners, err = openListeners(s.s); err != nil && s.endHolders() {
+				s.listeners, err = openListeners(s.s)
+			}
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
 	if inheritedMgmt != 0 {
 		return unixListener(inheritedMgmt)
+	}
+	if mgmt := s.keptManagement(); mgmt != nil {
+		return mgmt, nil
 	}
 	mgmt, err := management.Listen(s.layout.PIDSocket(os.Getpid()), s.layout.Socket, 0o660, s.socketGID)
 	if err != nil {
@@ -381,10 +425,10 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	running, endAgent := context.WithCancel(context.WithoutCancel(ctx))
 	defer endAgent()
 	var agents, proxies, rest, commands sync.WaitGroup
-	firstAgent, firstProxy, err := s.adoptChildren(proxying, &proxies, st)
-	if err != nil {
+	if err := s.adoptChildren(proxying, &proxies, st); err != nil {
 		return s.goBack(st, err)
 	}
+	s.goOnWithSurvivors(proxying, &proxies)
 	defer s.hangUp()
 	if err := s.noWayBack(st); err != nil {
 		s.log.Warn("a management connection is lost", logging.Err, err)
@@ -392,12 +436,15 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	reaping, endReaping := context.WithCancel(context.WithoutCancel(ctx))
 	defer endReaping()
 	go supervise.Reap(reaping) // after the children that we know are known to it
-	agents.Go(func() { s.keep(running, wire.Agent, firstAgent, s.runAgent) })
+	agents.Go(func() {
+		s.keep(running, wire.Agent, &s.agentGeneration, s.adopted.agent != nil, s.runAgent)
+		s.endSpare()
+	})
 	proxies.Go(func() {
 		if st == nil {
 			s.warm(proxying)
 		}
-		s.keep(proxying, wire.Proxy, firstProxy, s.runProxy)
+		s.keep(proxying, wire.Proxy, &s.proxyGeneration, s.adopted.proxy != nil, s.runProxy)
 	})
 	rest.Go(func() {
 		defer close(s.restored)
@@ -412,7 +459,10 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 			s.finishReload(ctx)
 			return
 		}
-		s.restore(ctx, regs)
+		s.endLeftovers(LeftoverWait, s.instances)
+		s.goOn()
+		s.restore(ctx, s.survived.rest)
+		s.renewSurvivors(ctx)
 	})
 	rest.Go(func() {
 		select {
@@ -422,7 +472,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		case <-ctx.Done():
 		}
 	})
-	if st != nil {
+	if st != nil || s.survived.any {
 		// Who asks meanwhile waits in the queue of the socket: a deploy would meet an
 		// agent that is about to leave.
 		select {
@@ -431,6 +481,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		case <-ctx.Done():
 		}
 	}
+	var err error
 	for again := true; again; {
 		again, err = s.session(ctx, mgmt, &commands)
 	}
@@ -454,6 +505,10 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 	agents.Wait() // bounded by ChildLeave
 	rest.Wait()
 	s.endOrphans(nil) // an agent may have died over it
+	if s.survived.any {
+		s.endLeftovers(OrphanGrace, noInstances)
+	}
+	s.kept.store.Drop(s.kept.store.Names()...)
 	s.groups.remove()
 	s.removeApart()
 	for _, a := range s.allApps() {
@@ -748,6 +803,7 @@ func (a *app) restore(ctx context.Context, reg store.App) error {
 	if err != nil {
 		return err
 	}
+	b.rollout = rolloutOf(reg)
 	a.srv.ensureCertificates(reg.Routes)
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -778,6 +834,7 @@ func (s *server) renewals(ctx context.Context) {
 			}
 			keys := s.tickets.rotate()
 			s.proxies.send(&wire.TicketKeys{Keys: keys})
+			s.keepState()
 			s.shareTickets(keys)
 		case <-ctx.Done():
 			return

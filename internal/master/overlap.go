@@ -512,13 +512,10 @@ func (s *server) join() (j joined, err error) {
 // is.
 func (s *server) openBeside(ctx context.Context, inUse error) (*net.UnixListener, error) {
 	refuse := func(err error) error { return fmt.Errorf("%w; serving beside it did not work: %w", inUse, err) }
-	ports, inheritedMgmt, err := activated()
-	if err != nil {
-		return nil, err
-	}
-	if len(ports) > 0 || inheritedMgmt != 0 {
+	if len(s.unitPorts) > 0 || s.unitMgmt != 0 {
 		return nil, refuse(errors.New("sockets were passed to this one: start it without socket units, it gets the first one's"))
 	}
+	var err error
 	if s.lock, err = os.OpenFile(s.layout.Lock(), os.O_RDWR|unix.O_NOFOLLOW, 0); err != nil {
 		return nil, refuse(err)
 	}

@@ -28,6 +28,8 @@ type proxyLink struct {
 	traffic map[tako.AppID]wire.AppTraffic
 	quiet   map[tako.InstanceID]int // draining upstreams without a request, and their streams
 	applied map[tako.AppID]uint64   // the newest revision that every later request sees
+	// holds is what it knew when we came, if a tako-master that died had started it.
+	holds *wire.Holds
 }
 
 // proxySet is every living proxy: the serving one, and old ones that drain.
@@ -89,7 +91,9 @@ func (p *proxySet) all() []*proxyLink {
 func (p *proxySet) add(l *proxyLink) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.links = append(p.links, l)
+	if !slices.Contains(p.links, l) {
+		p.links = append(p.links, l)
+	}
 }
 
 func (p *proxySet) remove(l *proxyLink) {
@@ -148,6 +152,9 @@ func (s *server) runProxy(ctx context.Context, generation uint64) (ready time.Ti
 		case <-ctx.Done():
 			return ready, errNoServer
 		}
+	}
+	if l := s.adopted.takeProxy(); l != nil {
+		return s.serveOn(ctx, l)
 	}
 	raw, err := s.startLink(s.proxyProgram, wire.LinkProxy, generation, s.proxyIdentity())
 	if err != nil {
@@ -252,6 +259,15 @@ func (s *server) configureProxy(l *proxyLink) error {
 			return err
 		}
 	}
+	if err := s.tell(l); err != nil {
+		return err
+	}
+	l.post(&wire.Serve{})
+	return nil
+}
+
+// tell tells a proxy all that there is, and gives it its sockets.
+func (s *server) tell(l *proxyLink) error {
 	signer, theirs, err := ipc.Pair()
 	if err != nil {
 		return err
@@ -284,7 +300,6 @@ func (s *server) configureProxy(l *proxyLink) error {
 		}
 		a.mu.Unlock()
 	}
-	l.post(&wire.Serve{})
 	return nil
 }
 

@@ -76,6 +76,14 @@ type state struct {
 	Activated bool             `json:"activated"` // the listeners are systemd's
 	Tickets   [][]byte         `json:"tickets"`
 	Builds    uint64           `json:"builds"`
+	GroupsPID int              `json:"groups_pid"` // in the name of our control groups
+
+	// The newest generations, and what the service manager keeps.
+	AgentGeneration uint64   `json:"agent_generation"`
+	ProxyGeneration uint64   `json:"proxy_generation"`
+	Kept            []string `json:"kept"`
+	KeptState       string   `json:"kept_state"` // the name of the newest state
+	KeptStates      uint64   `json:"kept_states"`
 
 	// Of a second server of the data root: see overlap.go.
 	Following     int    `json:"following"` // the owner's pid; 0 once it is ours
@@ -120,6 +128,7 @@ type handedApp struct {
 
 type handedBuild struct {
 	Number   rollout.Build     `json:"number"`
+	Rollout  int64             `json:"rollout"`
 	Release  tako.ReleaseID    `json:"release"`
 	Dir      string            `json:"dir"`
 	Manifest *release.Manifest `json:"manifest"`
@@ -354,7 +363,8 @@ func checkProgram(ctx context.Context, p program) error {
 func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixListener) error {
 	st := &state{
 		Schema: stateSchema, Version: s.version, StartedAt: s.startedAt, Reloads: s.reload.info().Count + 1, Failed: s.reload.info().Failed,
-		MgmtOwn: s.mgmtOwn, Activated: s.activated, Builds: s.builds.Load(), Tickets: s.tickets.current(),
+		MgmtOwn: s.mgmtOwn, Activated: s.activated, Builds: s.builds.Load(), Tickets: s.tickets.current(), GroupsPID: s.groups.pid,
+		AgentGeneration: s.agentGeneration.Load(), ProxyGeneration: s.proxyGeneration.Load(),
 	}
 	var undo []func()
 	defer func() {
@@ -462,6 +472,11 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	if err := s.db.Close(); err != nil {
 		return err
 	}
+	s.kept.store.Flush()
+	st.Kept = s.kept.store.Names()
+	s.kept.mu.Lock()
+	st.KeptState, st.KeptStates = s.kept.state, s.kept.n
+	s.kept.mu.Unlock()
 	fd, err := handoff.Save(st)
 	if err == nil {
 		err = ctx.Err() // the last look: a wish to stop is not to be lost in the next image
@@ -486,7 +501,7 @@ func (a *app) handed() (handedApp, error) {
 	}
 	for _, b := range a.builds {
 		h.Builds = append(h.Builds, handedBuild{
-			Number: b.number, Release: b.release, Dir: b.dir, Manifest: b.manifest, Argv: b.argv, Secrets: b.secrets, Routes: b.routes,
+			Number: b.number, Rollout: b.rollout, Release: b.release, Dir: b.dir, Manifest: b.manifest, Argv: b.argv, Secrets: b.secrets, Routes: b.routes,
 		})
 	}
 	for n, p := range a.procs {
@@ -503,6 +518,9 @@ func (a *app) handed() (handedApp, error) {
 // read from the database.
 func (s *server) takeOver(st *state) error {
 	s.builds.Store(st.Builds)
+	s.kept.state, s.kept.n = st.KeptState, st.KeptStates
+	s.agentGeneration.Store(st.AgentGeneration)
+	s.proxyGeneration.Store(st.ProxyGeneration)
 	s.tickets.keys = st.Tickets
 	s.reload.done, s.reload.failed = st.Reloads, st.Failed
 	if st.Back != "" { // we are the old program again; its proxy serves on
@@ -526,7 +544,7 @@ func (s *server) takeOver(st *state) error {
 		a.reg.BasePort, a.reg.UID = h.BasePort, h.UID
 		for _, b := range h.Builds {
 			a.builds[b.Number] = &build{
-				number: b.Number, release: b.Release, dir: b.Dir, manifest: b.Manifest, argv: b.Argv, secrets: b.Secrets, routes: b.Routes,
+				number: b.Number, rollout: b.Rollout, release: b.Release, dir: b.Dir, manifest: b.Manifest, argv: b.Argv, secrets: b.Secrets, routes: b.Routes,
 			}
 		}
 		for _, p := range h.Procs {
@@ -547,7 +565,7 @@ func (s *server) takeOver(st *state) error {
 }
 
 // adopt goes on with a child of the image before ours.
-func (s *server) adopt(h *handedLink, role wire.Role, kind wire.Link) (*link, error) {
+func (s *server) adopt(h *handedLink, role wire.Role, kind wire.Link, version string) (*link, error) {
 	ch, err := ipc.Open(h.Channel)
 	if err != nil {
 		return nil, fmt.Errorf("adopt %s: %w", role, err)
@@ -564,11 +582,12 @@ func (s *server) adopt(h *handedLink, role wire.Role, kind wire.Link) (*link, er
 		role: role, generation: h.Generation, child: child, conn: conn,
 		log:       s.log.With(logging.Role, string(role), logging.Generation, h.Generation),
 		startedAt: h.Child.Started, pongs: make(chan uint64, 4), ended: make(chan struct{}),
-		outWake: make(chan struct{}, 1), pauser: newPauser(),
+		outWake: make(chan struct{}, 1), pauser: newPauser(), version: version,
 	}
 	l.calls = wire.NewCalls(conn)
 	l.setState(h.State)
 	l.ready.Store(h.State == "ready")
+	s.keepChild(l)
 	go l.deliver()
 	return l, nil
 }
@@ -599,6 +618,7 @@ func dupOf(f syscall.Conn) (ipc.FD, error) {
 type adopted struct {
 	mu    sync.Mutex
 	agent *link
+	proxy *proxyLink
 }
 
 // takeAgent returns the adopted agent, once.
@@ -610,24 +630,31 @@ func (a *adopted) takeAgent() *link {
 	return l
 }
 
-// adoptChildren goes on with the children in st, if any, and returns the next
-// generation of each role.
-func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st *state) (agent, proxy uint64, err error) {
+// takeProxy returns the proxy that goes on as the newest, once.
+func (a *adopted) takeProxy() *proxyLink {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	l := a.proxy
+	a.proxy = nil
+	return l
+}
+
+// adoptChildren goes on with the children in st, if any.
+func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st *state) (err error) {
 	if st == nil {
-		return 1, 1, nil
+		return nil
 	}
-	agent, proxy = 1, 1
 	if st.Agent != nil {
-		if s.adopted.agent, err = s.adopt(st.Agent, wire.Agent, wire.LinkAgent); err != nil {
-			return 0, 0, err
+		if s.adopted.agent, err = s.adopt(st.Agent, wire.Agent, wire.LinkAgent, st.Version); err != nil {
+			return err
 		}
-		agent = st.Agent.Generation // the adopted one is this generation
+		s.agentGeneration.Store(max(s.agentGeneration.Load(), st.Agent.Generation))
 	}
 	for i := range st.Proxies {
 		h := &st.Proxies[i]
-		raw, err := s.adopt(h, wire.Proxy, wire.LinkProxy)
+		raw, err := s.adopt(h, wire.Proxy, wire.LinkProxy, st.Version)
 		if err != nil {
-			return 0, 0, err
+			return err
 		}
 		l := newProxyLink(raw)
 		if h.Traffic != nil {
@@ -640,10 +667,10 @@ func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st 
 		if h.Signer != 0 {
 			ch, err := ipc.Open(h.Signer)
 			if err != nil {
-				return 0, 0, err
+				return err
 			}
 			if l.signer, err = wire.ResumeConn(ch, wire.LinkSigning, wire.Master, h.SignerPosition); err != nil {
-				return 0, 0, err
+				return err
 			}
 			go s.serveSigner(l)
 		}
@@ -652,9 +679,9 @@ func (s *server) adoptChildren(ctx context.Context, proxies *sync.WaitGroup, st 
 		if st.Back != "" && !l.draining.Load() {
 			s.servesOn = l.ended
 		}
-		proxy = max(proxy, h.Generation+1)
+		s.proxyGeneration.Store(max(s.proxyGeneration.Load(), h.Generation))
 	}
-	return agent, proxy, nil
+	return nil
 }
 
 // goOnWithProxy serves a proxy of the image before ours to its end.

@@ -173,15 +173,20 @@ func Look(pid int) (r Relation, ok bool) {
 	return r, ok && err == nil
 }
 
+// TermIf asks the process that r is of to end, if it still is that one.
+func TermIf(r Relation) { signalIf(r, unix.SIGTERM, nil) }
+
 // KillIf kills the process that r is of, if it still is that one and still says
 // yes once nothing else can take its number.
-func KillIf(r Relation, still func() bool) {
+func KillIf(r Relation, still func() bool) { signalIf(r, unix.SIGKILL, still) }
+
+func signalIf(r Relation, sig unix.Signal, still func() bool) {
 	fd, err := OpenPID(r.PID)
 	if err != nil {
 		return
 	}
 	defer unix.Close(fd)
 	if now, ok := Look(r.PID); ok && now.Start == r.Start && !now.Zombie && (still == nil || still()) {
-		_ = Signal(fd, unix.SIGKILL) // it has gone, or is another user's: the caller looks again
+		_ = Signal(fd, sig) // it has gone, or is another user's: the caller looks again
 	}
 }

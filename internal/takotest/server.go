@@ -42,6 +42,8 @@ type Options struct {
 	// User is who the server runs as, by number; 0 is who the test runs as. Only
 	// root can choose.
 	User uint32
+	// Manager: a service manager keeps descriptors for the server, as systemd does.
+	Manager bool
 	// Data is the data root; "" is a folder of the server's own. Close leaves
 	// what it does not own.
 	Data string
@@ -66,8 +68,9 @@ type Server struct {
 	cmd  *exec.Cmd
 	done chan struct{} // closed when cmd has ended
 
-	link   string // --socket, if it is not Socket
-	paired bool   // with another server of the data root
+	link    string   // --socket, if it is not Socket
+	manager *Manager // nil without
+	paired  bool     // with another server of the data root
 }
 
 // New makes the folders of a server and chooses its ports; it starts nothing.
@@ -102,6 +105,9 @@ func New(o Options) (*Server, error) {
 	}
 	if o.Data != "" {
 		s.Data = o.Data
+	}
+	if err == nil && o.Manager {
+		s.manager, err = newManager(filepath.Join(dir, "notify"))
 	}
 	if first := o.Beside; first != nil {
 		s.Data, s.HTTP, s.HTTPS = first.Data, first.HTTP, first.HTTPS
@@ -179,6 +185,7 @@ func (s *Server) Launch() error {
 		"--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug",
 	}, s.options.Flags...)...)
 	s.cmd.Env = append(os.Environ(), s.options.Env...)
+	defer s.manager.pass(s.cmd)()
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	// A group of its own: an interrupt at the terminal is for the tests.
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -265,10 +272,33 @@ func (s *Server) Kill() error {
 	return s.gone()
 }
 
+// Die ends tako-master alone at once, and waits for nobody else.
+func (s *Server) Die() error {
+	if s.running() {
+		if err := s.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return err
+		}
+		<-s.done
+	}
+	return nil
+}
+
+// Manager is the server's service manager, nil if it has none.
+func (s *Server) Manager() *Manager { return s.manager }
+
+// Gone waits until no process of the server is left.
+func (s *Server) Gone() error { return s.gone() }
+
 // Close stops the server if it runs, ends whatever it left, and removes its
 // folder. It may come twice.
 func (s *Server) Close() error {
+	if s.manager != nil && !s.running() {
+		s.manager.Empty()
+	}
 	err := s.Stop()
+	if s.manager != nil {
+		s.manager.close()
+	}
 	for _, p := range s.Processes() {
 		err = errors.Join(err, p.kill())
 	}

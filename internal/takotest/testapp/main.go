@@ -31,6 +31,7 @@ func main() {
 		on         = flag.String("listen", "any", "any (the socket, else the port), socket, tcp, both, wrong (another port) or never")
 		status     = flag.Int("status", http.StatusOK, "what /status answers")
 		lifetime   = flag.Duration("lifetime", 0, "leave with status 9 after this long")
+		chatter    = flag.Duration("chatter", 0, "print a line each time this has passed")
 		think      = flag.Duration("think", 0, "time that each answer takes, /status too")
 		silent     = flag.Bool("silent", false, "listen, accept and never answer")
 		ignoreTerm = flag.Bool("ignore-term", false, "go on after SIGTERM")
@@ -48,6 +49,13 @@ func main() {
 			out.WriteString(line[:min(n, len(line))])
 		}
 		out.Flush()
+	}
+	if *chatter > 0 {
+		go func() {
+			for range time.Tick(*chatter) {
+				fmt.Println("and so on")
+			}
+		}()
 	}
 	time.Sleep(*slow)
 	listeners, err := listen(*on)
