@@ -57,7 +57,7 @@ type conn struct {
 
 	mu      sync.Mutex      // held while a watcher is told
 	watcher message.Watcher // guarded by mu
-	watch   uint32          // guarded by mu: counts exchanges
+	watch   uint32          // guarded by mu: counts watchers and their ends
 	gone    bool            // guarded by mu: during an exchange
 	finAt   int64           // of the sweeps: the clock when the client's half was seen to be over, 0 if it is not
 	sending sync.Mutex      // held while a 100 is sent, or made impossible
@@ -165,7 +165,7 @@ func (c *conn) wait() error {
 		return c.waitErr
 	}
 	c.r, c.w = 0, 0
-	if c.srv.open.Load() > LazyConns {
+	if c.srv.open.Load() > cmp.Or(c.srv.lazyConns, LazyConns) {
 		// The rest is in the record that TLS has decrypted by then.
 		if _, err := io.ReadFull(c.nc, c.one[:]); err != nil {
 			return err

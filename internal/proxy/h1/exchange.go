@@ -606,14 +606,15 @@ func (c *conn) Watch(w message.Watcher) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.watcher = w
-	if !c.gone {
+	c.watch++
+	if w == nil || !c.gone {
 		return
 	}
 	watch := c.watch
 	go func() {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if c.watch == watch { // else the handler has returned
+		if c.watch == watch { // else w was taken off
 			w.ClientGone()
 			c.watcher = nil
 		}
