@@ -427,7 +427,7 @@ func (a *app) message() *wire.App {
 		if p == nil || !in.Serves && !in.Draining {
 			continue
 		}
-		up := wire.Upstream{Instance: a.instance(in.N), Draining: in.Draining, Fallback: in.Out, CutStreams: in.Cut}
+		up := wire.Upstream{Instance: a.instance(in.N), Protocol: wire.Protocol(p.build.manifest.Protocol), Draining: in.Draining, Fallback: in.Out, CutStreams: in.Cut}
 		if wire.Transport(in.Via) == wire.TransportUnix {
 			up.Socket = p.socket
 		}

@@ -40,6 +40,7 @@ type Config struct {
 	InstancePorts      string
 	InstancePortOffset uint16
 	TrustedProxies     []string
+	ProxyProtocol      bool
 	HTTPEngine         string
 
 	KeepReleases     int
@@ -99,6 +100,7 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.InstancePorts, "instance-ports", "20000-31999", "TCP ports on loopback for instances")
 	f.Uint16Var(&c.InstancePortOffset, "instance-port-offset", 0, "shift the apps' preferred instance ports, for a second server on this host")
 	f.StringSliceVar(&c.TrustedProxies, "trusted-proxies", nil, "addresses or prefixes whose X-Forwarded-* are believed (default: nobody's)")
+	f.BoolVar(&c.ProxyProtocol, "proxy-protocol", false, "connections come from trusted-proxies only and begin with a PROXY protocol header")
 	f.StringVar(&c.HTTPEngine, "http-engine", string(wire.EngineTako), "what speaks HTTP with clients: tako, or Go's own net/http, which is slower and less strict")
 	f.IntVar(&c.KeepReleases, "keep-releases", 10, "releases of an app to keep on disk at least")
 	f.IntVar(&c.KeepReleasesDays, "keep-releases-days", 30, "days to keep every release for")
@@ -292,6 +294,9 @@ func (c Config) settle() (settled, error) {
 			prefix = netip.PrefixFrom(ip, ip.BitLen())
 		}
 		s.trusted = append(s.trusted, prefix.Masked().String())
+	}
+	if c.ProxyProtocol && len(c.TrustedProxies) == 0 {
+		fault("--proxy-protocol: nobody may connect without --trusted-proxies; name the balancers there")
 	}
 	if e := wire.HTTPEngine(c.HTTPEngine); e != wire.EngineTako && e != wire.EngineNetHTTP {
 		fault("--http-engine: %q is neither %s nor %s", c.HTTPEngine, wire.EngineTako, wire.EngineNetHTTP)

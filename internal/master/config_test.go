@@ -95,6 +95,18 @@ func TestValidateReportsEveryFault(t *testing.T) {
 	}
 }
 
+func TestProxyProtocolNeedsSomebodyToTrust(t *testing.T) {
+	for args, good := range map[string]bool{"--proxy-protocol": false, "--proxy-protocol --trusted-proxies=10.0.0.0/8": true} {
+		c, err := parse(t, "", strings.Fields(args)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Validate(); good == (err != nil && strings.Contains(err.Error(), "--proxy-protocol: nobody may connect")) {
+			t.Errorf("%s: %v", args, err)
+		}
+	}
+}
+
 func TestSettingsFileThatWasAskedForMustExist(t *testing.T) {
 	dir := t.TempDir()
 	c := master.Config{}

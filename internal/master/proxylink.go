@@ -283,7 +283,7 @@ func (s *server) tell(l *proxyLink) error {
 	// told twice is the same.
 	s.proxies.add(l)
 	s.giveDialer(l)
-	if err := l.conn.Send(0, &wire.ProxySettings{HTTPSPort: s.httpsPort(), TrustedProxies: s.s.trusted, Engine: wire.HTTPEngine(s.s.HTTPEngine)}); err != nil {
+	if err := l.conn.Send(0, &wire.ProxySettings{HTTPSPort: s.httpsPort(), TrustedProxies: s.s.trusted, ProxyProtocol: s.s.ProxyProtocol, Engine: wire.HTTPEngine(s.s.HTTPEngine)}); err != nil {
 		return err
 	}
 	if err := l.conn.Send(0, &wire.TicketKeys{Keys: s.tickets.current()}); err != nil {

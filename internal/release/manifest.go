@@ -265,7 +265,7 @@ func (m *Manifest) read(o object) {
 	default:
 		refuse("listen", "%.40q is not known; leave the field out and listen on $TAKO_APP_SOCKET or $PORT", l)
 	}
-	m.Health = readHealth(o.object("health"))
+	m.Health = readHealth(o.object("health"), m.Protocol)
 	m.readProcesses(o.object("processes"))
 	m.Limits = readLimits(o.object("limits"))
 	m.Timeouts = readTimeouts(o.object("timeouts"))
@@ -342,14 +342,20 @@ func readEnv(o object) map[string]string {
 	return env
 }
 
-func readHealth(o object) Health {
+// readHealth reads how instances that speak so are probed. The probe for a page
+// speaks HTTP/1.1, which an instance that is told to speak HTTP/2 need not know.
+func readHealth(o object, spoken Protocol) Health {
 	const low, high = 100, 60_000 // ms
 	h := Health{
 		Path:  o.str("path", "/status"),
 		Host:  o.str("host", "tako-internal"),
 		Codes: [][2]int{{200, 299}},
 	}
-	switch k := o.str("kind", "http"); k {
+	kind := "http"
+	if spoken == ProtocolH2C {
+		kind = "connect"
+	}
+	switch k := o.str("kind", kind); k {
 	case "http":
 	case "connect":
 		h.Connect = true

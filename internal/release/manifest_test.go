@@ -64,6 +64,18 @@ func TestManifestDefaults(t *testing.T) {
 	}
 }
 
+func TestProbeOfAnInstanceThatSpeaksH2CIsAConnection(t *testing.T) {
+	for text, connect := range map[string]bool{
+		`"protocol": "h2c"`: true, `"protocol": "h2c", "health": {"path": "/up"}`: true,
+		`"protocol": "h2c", "health": {"kind": "http"}`: false, `"protocol": "http1"`: false, `"health": {"kind": "connect"}`: true,
+	} {
+		m := parse(t, `{"runtime": "node", "main": "index.js", `+text+`}`)
+		if m.Health.Connect != connect {
+			t.Errorf("%s: connect %v, want %v", text, m.Health.Connect, connect)
+		}
+	}
+}
+
 func TestManifestTakesEveryField(t *testing.T) {
 	got := parse(t, `{"runtime": "go", "main": "./bin/app", "start": ["{main}", "-x={main}", "{main}"], "install": "make\n", "release": ["{main}", "migrate"],
 		"env_vars": {"A": "1", "PORT": "9", "TAKO_X": ""}, "commit_message": "", "git_dirty": false, "https_redirect": false, "protocol": "h2c", "listen": null,

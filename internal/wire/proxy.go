@@ -62,6 +62,9 @@ type ProxySettings struct {
 	// TrustedProxies are CIDR prefixes whose X-Forwarded-*, Forwarded and
 	// X-Request-ID are believed. Empty: nobody's.
 	TrustedProxies []string `json:"trusted_proxies"`
+	// ProxyProtocol: connections begin with a header of the PROXY protocol that says
+	// who the client is, and come from TrustedProxies; all others are closed.
+	ProxyProtocol bool `json:"proxy_protocol"`
 	// Engine is what speaks HTTP with clients. The proxy chooses it when it begins
 	// to serve; a change comes with the next generation.
 	Engine HTTPEngine `json:"engine"`
@@ -161,6 +164,8 @@ type Upstream struct {
 	Instance tako.InstanceID `json:"instance"`
 	// Socket is the path of its Unix socket. Empty: TCP, by the dialling socket.
 	Socket string `json:"socket"`
+	// Protocol is what it speaks; empty: HTTP/1.1.
+	Protocol Protocol `json:"protocol"`
 	// Draining: no new request goes there; Quiet is sent once nothing is in flight.
 	Draining bool `json:"draining"`
 	// CutStreams: the time for its streams is over; they are ended, properly. Only
@@ -169,6 +174,15 @@ type Upstream struct {
 	// Fallback: failed its probes, used only when no other instance is left.
 	Fallback bool `json:"fallback"`
 }
+
+// Protocol names what an instance speaks.
+type Protocol string
+
+// The protocols.
+const (
+	ProtocolHTTP1 Protocol = "http1"
+	ProtocolH2C   Protocol = "h2c" // HTTP/2 without TLS
+)
 
 // AppGone forgets an app: its routes answer 404.
 type AppGone struct {

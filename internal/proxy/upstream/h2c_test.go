@@ -345,8 +345,12 @@ func TestH2CCancelEndsWhateverIsUnderWay(t *testing.T) {
 		t.Fatal(err)
 	}
 	<-waiting
+	b := make([]byte, 2)
+	if _, err := io.ReadFull(in, b); string(b) != "ab" || err != nil {
+		t.Errorf("read %q, %v", b, err)
+	}
 	go c.Do(cause)
-	if b, err := io.ReadAll(in); string(b) != "ab" || err != cause || in.Whole() { //nolint:errorlint // the value itself
+	if b, err := io.ReadAll(in); len(b) > 0 || err != cause || in.Whole() { //nolint:errorlint // the value itself
 		t.Errorf("within the body: %q, %v", b, err)
 	}
 	in.Close()
@@ -439,7 +443,7 @@ func TestH2CDialError(t *testing.T) {
 }
 
 // frames plays an instance that speaks HTTP/2 frame by frame. F is told of each
-// request on a connection, numbered from 0, and reports whether to go on.
+// request on a connection, numbered from 0, once it is whole, and reports whether to go on.
 func frames(t testing.TB, f func(n int, fr *http2.Framer, stream uint32) bool) (*H2CPool, *atomic.Int32) {
 	t.Helper()
 	var conns atomic.Int32
@@ -480,7 +484,11 @@ func serveFrames(c net.Conn, f func(fr *http2.Framer, stream uint32) bool) {
 				_ = fr.WriteSettingsAck()
 			}
 		case *http2.HeadersFrame:
-			if !f(fr, frame.StreamID) {
+			if frame.StreamEnded() && !f(fr, frame.StreamID) {
+				return
+			}
+		case *http2.DataFrame:
+			if frame.StreamEnded() && !f(fr, frame.StreamID) {
 				return
 			}
 		}

@@ -297,6 +297,9 @@ func (b *h2body) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	b.reading = false
 	b.idle.Broadcast()
+	if err != nil && b.stopped {
+		return 0, errClosed // which is why it failed, maybe
+	}
 	if err != nil && err != io.EOF { //nolint:errorlint // the body returns it bare
 		b.err = &BodyError{Err: err}
 		return 0, b.err
@@ -366,10 +369,11 @@ func (b *h2body) stop() {
 	}
 	b.mu.Lock()
 	b.stuck.Stop()
+	first := !b.stopped
 	b.stopped = true
-	reading := b.reading && b.whole == nil
+	unread := b.began && !b.complete && b.whole == nil
 	b.mu.Unlock()
-	if reading {
+	if first && unread {
 		b.r.Body.StopBody()
 	}
 }

@@ -45,7 +45,20 @@ type Outgoing struct {
 	// are valid until it returns.
 	Inform func(status int, fields []message.Field)
 
-	in Incoming
+	asked bool   // Body, whether it is Buffered
+	whole bool   // it is
+	body  []byte // then
+	in    Incoming
+}
+
+// buffered is Body.Buffered, which gives a body away and is asked only once,
+// however often the request is sent.
+func (r *Outgoing) buffered() ([]byte, bool) {
+	if !r.asked {
+		r.asked = true
+		r.body, r.whole = r.Body.Buffered()
+	}
+	return r.body, r.whole
 }
 
 // Clear makes r empty, keeping the room of Fields and of its answer, which is
@@ -53,6 +66,7 @@ type Outgoing struct {
 func (r *Outgoing) Clear() {
 	r.Method, r.Target, r.Host, r.Fields, r.Length, r.HasLength = nil, nil, nil, r.Fields[:0], 0, false
 	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform = nil, nil, false, false, nil
+	r.asked, r.whole, r.body = false, false, nil
 }
 
 // smallBody bounds what is written together with its head.
@@ -124,7 +138,7 @@ func (r *Outgoing) expects() bool {
 	if !r.Expect || r.Body == nil {
 		return false
 	}
-	_, whole := r.Body.Buffered()
+	_, whole := r.buffered()
 	return !whole
 }
 

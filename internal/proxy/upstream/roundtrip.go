@@ -30,6 +30,7 @@ var (
 func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in := &r.in
 	in.open(c, r)
+	r.asked = false
 	repeatable := idempotent(r.Method)
 	for fresh := false; ; {
 		now := time.Now()
@@ -84,7 +85,7 @@ func (in *Incoming) send(b []byte, buf *[]byte, now time.Time, look bool) error 
 	var rest []byte
 	whole := r.Body == nil
 	if !whole {
-		if rest, whole = r.Body.Buffered(); whole && len(rest) <= smallBody {
+		if rest, whole = r.buffered(); whole && len(rest) <= smallBody {
 			b, err = r.appendBody(b, rest)
 			rest = nil
 		} else if whole {

@@ -23,6 +23,7 @@ import (
 type content struct {
 	io.Reader
 	whole   []byte // Buffered, if not nil
+	given   bool   // it was asked for, and there is nothing any more
 	trailer []message.Field
 	stop    func()
 	read    atomic.Int64
@@ -36,7 +37,13 @@ func (b *content) ReadBody(p []byte) (int, error) {
 	b.read.Add(int64(n))
 	return n, err
 }
-func (b *content) Buffered() ([]byte, bool) { return b.whole, b.whole != nil }
+func (b *content) Buffered() ([]byte, bool) {
+	if b.given {
+		return nil, b.whole != nil
+	}
+	b.given = true
+	return b.whole, b.whole != nil
+}
 func (b *content) Trailer() []message.Field { return b.trailer }
 func (b *content) StopBody() {
 	if b.stop != nil {
