@@ -242,8 +242,7 @@ func TestFieldsAreReadAsTheyWereEncoded(t *testing.T) {
 	e.init()
 	names := []string{"server", "date", "set-cookie", "x-a", "x-b", "content-type", "etag", "cache-control", "accept-encoding", "x-" + strings.Repeat("n", 300)}
 	values := []string{"", "gzip, deflate", "a", "text/html; charset=utf-8", "&&&&", "\xff\xfe", strings.Repeat("v", 700), strings.Repeat("w", 5000)}
-	total := 0
-	for i := range 20000 {
+	for i := range 3000 {
 		if random.IntN(100) == 0 {
 			for range 1 + random.IntN(3) {
 				e.resize(uint32(random.IntN(6000))) //nolint:gosec // positive
@@ -262,7 +261,6 @@ func TestFieldsAreReadAsTheyWereEncoded(t *testing.T) {
 			clear(vb)
 			want = append(want, hpack.HeaderField{Name: name, Value: value, Sensitive: name == "set-cookie"})
 		}
-		total += len(b)
 		got = nil
 		if _, err := dec.Write(b); err != nil {
 			t.Fatalf("block %d: %v", i, err)
@@ -277,7 +275,6 @@ func TestFieldsAreReadAsTheyWereEncoded(t *testing.T) {
 			t.Fatalf("block %d: the table has %d bytes of %d", i, e.size, e.max)
 		}
 	}
-	t.Logf("%d bytes", total)
 }
 
 func TestStatusesAreReadAsTheyWereEncoded(t *testing.T) {

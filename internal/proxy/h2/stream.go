@@ -516,11 +516,15 @@ func (s *stream) Lasts() {
 
 func (s *stream) Watch(w message.Watcher) {
 	s.c.mu.Lock()
+	defer s.c.mu.Unlock()
+	for s.telling { // the one before
+		s.c.written.Wait()
+	}
 	s.watcher = w
-	if s.telling = s.err() != nil && !s.interrupted; s.telling {
+	if w != nil && s.err() != nil && !s.interrupted {
+		s.telling = true
 		go s.tell()
 	}
-	s.c.mu.Unlock()
 }
 
 func (s *stream) Interrupt() {

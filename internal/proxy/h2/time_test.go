@@ -174,6 +174,7 @@ func TestBodyHasItsTime(t *testing.T) {
 			read(got)(x)
 		})
 		p.ask(1, false, base("POST", "/")...)
+		go p.pong() // for long nothing else is heard of the client
 		wait(599)
 		go func() {
 			defer unfork()
@@ -184,8 +185,6 @@ func TestBodyHasItsTime(t *testing.T) {
 			}
 			p.data(1, true, "")
 		}()
-		// Nothing was heard for long meanwhile: PINGs are to be answered.
-		go p.pong()
 		if err := <-got; err != nil {
 			t.Errorf("got %v", err)
 		}
