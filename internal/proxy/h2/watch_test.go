@@ -1,6 +1,7 @@
 package h2
 
 import (
+	"net"
 	"testing"
 	"time"
 
@@ -13,7 +14,9 @@ type told chan struct{}
 func (t told) ClientGone() { t <- struct{}{} }
 
 func TestAWatcherTakenOffIsNeverTold(t *testing.T) {
-	c := newConn(&Server{}, nil, &message.Client{})
+	near, far := net.Pipe()
+	defer far.Close()
+	c := newConn(&Server{}, near, &message.Client{})
 	c.mu.Lock()
 	s := newStream(c, 1)
 	c.mu.Unlock()
