@@ -275,7 +275,7 @@ type h2body struct {
 func newH2Body(x *h2exchange, r *Outgoing) *h2body {
 	b := &h2body{x: x, r: r, left: r.Length, trailer: make(http.Header)}
 	b.idle.L = &b.mu
-	if whole, is := r.Body.Buffered(); is {
+	if whole, is := r.buffered(); is {
 		b.whole = bytes.NewReader(whole)
 	}
 	b.stuck = time.AfterFunc(time.Hour, func() { x.end(ErrTimeout) })

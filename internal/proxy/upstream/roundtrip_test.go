@@ -673,6 +673,26 @@ func TestBodyIsHeldBackUntilItIsAskedFor(t *testing.T) {
 	}
 }
 
+func TestBodyThatHasComeIsSentWithoutAsking(t *testing.T) {
+	p, _ := listening(t, func(_ int, c net.Conn, br *bufio.Reader) {
+		r, err := http.ReadRequest(br)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		body, err := io.ReadAll(r.Body)
+		if r.Header.Get("Expect") != "" || string(body) != "abc" {
+			t.Errorf("the instance got %q, %v, with Expect %q", body, err, r.Header.Get("Expect"))
+		}
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+	})
+	r := with(outgoing("POST"), buffered("abc"), 3)
+	r.Expect = true
+	if status, _, err := ask(t, p, r); status != 200 || err != nil {
+		t.Errorf("%d, %v", status, err)
+	}
+}
+
 func TestBodyThatWasAskedForInVainIsSentAfterAWhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		p := piped(answering)
