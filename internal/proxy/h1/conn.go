@@ -379,7 +379,7 @@ func (c *conn) handle() {
 func (c *conn) exchange() bool {
 	c.begin()
 	c.handle()
-	c.unwatch()
+	c.leave()
 	x := c.x
 	switch {
 	case x.tunnel:

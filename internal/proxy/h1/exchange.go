@@ -126,9 +126,6 @@ func (c *conn) begin() {
 		c.late.Store(false)
 		c.stopped.Store(false)
 	}
-	if c.lasts.Load() {
-		c.lasts.Store(false)
-	}
 	if x.out != nil {
 		x.out.B = x.out.B[:0]
 	}
@@ -621,12 +618,15 @@ func (c *conn) Watch(w message.Watcher) {
 	}()
 }
 
-// unwatch is after the handler.
-func (c *conn) unwatch() {
+// leave is after the handler.
+func (c *conn) leave() {
 	c.mu.Lock()
 	c.watcher, c.gone = nil, false
 	c.watch++
 	c.mu.Unlock()
+	if c.lasts.Load() {
+		c.lasts.Store(false)
+	}
 }
 
 // Interrupt implements message.Exchange.

@@ -35,7 +35,10 @@ type Server struct {
 	Limits  message.Limits
 	Log     hclog.Logger
 
-	goneTime time.Duration // of tests; 0 is GoneTime
+	// Of tests; 0 is GoneTime and LazyConns.
+	goneTime  time.Duration
+	lazyConns int64
+
 	draining atomic.Bool
 	// clock counts nanoseconds, as far as the sweeps have seen them pass; 0 is no
 	// time. A stop of the whole process is not counted: it is nobody's fault.

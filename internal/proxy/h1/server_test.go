@@ -261,6 +261,9 @@ func TestRequestsAreAnsweredInTurn(t *testing.T) {
 			c.send("POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello\r\n").want(200, "POST /b hello")
 			c.send("PUT /c HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n").want(200, "PUT /c hello!")
 		}
+		// What old clients send after a body is not the beginning of a request.
+		c.send("POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello\r\n").want(200, "POST /b hello")
+		until(t, "the connection waits for its next request", func() bool { _, idle := s.Count(); return idle == 1 })
 		if resp := c.send("GET /d HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n").want(200, "GET /d "); !resp.Close || resp.Header.Get("Date") == "" {
 			t.Errorf("%+v", resp)
 		}
@@ -572,6 +575,26 @@ func TestExpect(t *testing.T) {
 	}
 }
 
+func TestThe100IsSentOnce(t *testing.T) {
+	read := make(chan bool)
+	s := serve(t, limits(), func(x message.Exchange) {
+		for p := make([]byte, 10); ; {
+			if _, err := x.ReadBody(p); err != nil {
+				break
+			}
+			read <- true
+		}
+		_ = say(x, 200, "done")
+	})
+	c := s.dial().send("PUT / HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+	c.want(100, "")
+	c.send("a")
+	<-read
+	c.send("b")
+	<-read
+	c.want(200, "done")
+}
+
 func TestAnAnswerBeforeTheBody(t *testing.T) {
 	l := limits()
 	s := serve(t, l, func(x message.Exchange) { _ = say(x, 200, "early") })
@@ -784,7 +807,7 @@ func TestAnIdleConnectionClosesSilently(t *testing.T) {
 
 func TestASlowBodyEnds(t *testing.T) {
 	for name, change := range map[string]func(*message.Limits){
-		"none":     func(l *message.Limits) { l.Body = 50 * time.Millisecond },
+		"none":     func(l *message.Limits) { l.Body, l.BodyRate = 50*time.Millisecond, 0 },
 		"too slow": func(l *message.Limits) { l.Body, l.BodyRate = 500*time.Millisecond, 1<<30 },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -899,6 +922,20 @@ func TestStopBodyWakesAReader(t *testing.T) {
 	})
 }
 
+func TestNothingOfAStoppedBodyIsRead(t *testing.T) {
+	s := serve(t, limits(), func(x message.Exchange) {
+		x.StopBody()
+		if n, err := x.ReadBody(make([]byte, 10)); n > 0 || err == nil {
+			t.Errorf("%d bytes, %v", n, err)
+		}
+		_ = say(x, 200, "enough")
+	})
+	c := s.dial()
+	for range 2 {
+		c.send("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello").want(200, "enough")
+	}
+}
+
 func TestInterruptEndsWhatWaitsForTheClient(t *testing.T) {
 	everywhere(t, limits(), func(x message.Exchange) {
 		go func() {
@@ -950,6 +987,31 @@ func TestCountDrainAndShutdown(t *testing.T) {
 		counts(1, 1)
 		waits := s.dial().send("GET /waits HTTP/1.1\r\nHost: h\r\n\r\n")
 		lasts := s.dial().send("GET /lasts HTTP/1.1\r\nHost: h\r\n\r\n")
+		<-began
+		<-began
+		counts(2, 1)
+		lasted := s.dial().send("GET /lasts HTTP/1.1\r\nHost: h\r\n\r\n")
+		<-began
+		counts(2, 1)
+		release <- true // any of the three
+		release <- true
+		release <- true
+		for _, c := range []*client{waits, lasts, lasted} {
+			c.want(200, "done")
+		}
+		counts(1, 4)
+		if n := s.Lasting(); n != 0 {
+			t.Errorf("%d still last", n)
+		}
+		lasted.send("GET /waits HTTP/1.1\r\nHost: h\r\n\r\n") // it lasts no more
+		<-began
+		counts(2, 3)
+		release <- true
+		lasted.want(200, "done")
+		_ = lasted.Close()
+		counts(1, 3)
+		waits.send("GET /waits HTTP/1.1\r\nHost: h\r\n\r\n")
+		lasts.send("GET /lasts HTTP/1.1\r\nHost: h\r\n\r\n")
 		<-began
 		<-began
 		counts(2, 1)
@@ -1010,4 +1072,48 @@ func TestCloseEndsEveryConnection(t *testing.T) {
 			t.Errorf("%q", rest)
 		}
 	})
+}
+
+// It has promised that the connection stays, so a request may be on its way.
+func TestAnAnswerBegunBeforeADrainIsNotTheLast(t *testing.T) {
+	drain := make(chan func(), 1)
+	s := serve(t, limits(), func(x message.Exchange) {
+		_ = x.Begin(&message.Response{Status: 200, Length: 0})
+		select {
+		case f := <-drain:
+			f()
+		default:
+		}
+		_ = x.End(nil)
+	})
+	drain <- s.Drain
+	c := s.dial().send("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+	if resp := c.want(200, ""); resp.Close {
+		t.Errorf("%+v", resp)
+	}
+	if resp := c.send("GET / HTTP/1.1\r\nHost: h\r\n\r\n").want(200, ""); !resp.Close {
+		t.Errorf("%+v", resp)
+	}
+	c.ends()
+
+	drain <- s.Drain
+	c = s.dial().send("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+	c.want(200, "")
+	s.Shutdown(t.Context())
+	c.ends()
+}
+
+func TestManyConnectionsOverTLSWaitWithoutABuffer(t *testing.T) {
+	of := &Server{Handler: handlerFunc(echo), Limits: limits(), lazyConns: -1}
+	s := start(t, "tcp", of, serverTLS(t))
+	c := s.dial()
+	for range 3 {
+		c.send("POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello").want(200, "POST /b hello")
+	}
+	until(t, "the connection waits", func() bool { _, idle := s.Count(); return idle == 1 })
+	for _, conn := range s.all(nil) {
+		if conn.in != nil || conn.x != nil {
+			t.Error("it has memory")
+		}
+	}
 }
