@@ -79,6 +79,10 @@ soak: ## rollouts, crashes and cold starts for minutes, with the numbers they ar
 torture: ## reloads, upgrades, deaths, full disks, power cuts under load, and a table of what was lost
 	@$(GO) run tools/torture/main.go -run '$(TORTURE)' ./internal/integration
 
+.PHONY: conformance
+conformance: ## requests by the letter of the RFCs, h2spec, smuggling, a thousand slow clients, with counts
+	@TAKO_CONFORMANCE=1 $(GOTEST) -show -- conformance -timeout 20m -run Conformance $(INTEGRATION)
+
 .PHONY: integration-slow
 integration-slow: ## the same with apps of real frameworks, installed by npm
 	@TAKO_SLOW=1 $(GOTEST) -- integration-slow -timeout 30m $(INTEGRATION)

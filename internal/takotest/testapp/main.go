@@ -34,6 +34,7 @@ func main() {
 		chatter    = flag.Duration("chatter", 0, "print a line each time this has passed")
 		think      = flag.Duration("think", 0, "time that each answer takes, /status too")
 		silent     = flag.Bool("silent", false, "listen, accept and never answer")
+		relay      = flag.String("relay", "", "pass every connection on to this TCP address, byte for byte, and answer nothing")
 		ignoreTerm = flag.Bool("ignore-term", false, "go on after SIGTERM")
 	)
 	flag.Parse()
@@ -69,6 +70,10 @@ func main() {
 	server := &http.Server{Handler: app.routes(), ReadHeaderTimeout: 10 * time.Second}
 	for _, l := range listeners {
 		fmt.Printf("listening on %s\n", l.Addr())
+		if *relay != "" {
+			go passOn(l, *relay)
+			continue
+		}
 		go server.Serve(l)
 	}
 	if *lifetime > 0 {
@@ -83,6 +88,37 @@ func main() {
 			return
 		}
 		fmt.Println("asked to stop, staying")
+	}
+}
+
+// passOn gives each connection of l to address, in both directions until both
+// have ended.
+func passOn(l net.Listener, address string) {
+	for {
+		from, err := l.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer from.Close()
+			to, err := net.Dial("tcp", address)
+			if err != nil {
+				return
+			}
+			defer to.Close()
+			done := make(chan struct{}, 2)
+			pass := func(to, from net.Conn) {
+				io.Copy(to, from)
+				if half, ok := to.(interface{ CloseWrite() error }); ok {
+					half.CloseWrite()
+				}
+				done <- struct{}{}
+			}
+			go pass(to, from)
+			go pass(from, to)
+			<-done
+			<-done
+		}()
 	}
 }
 
