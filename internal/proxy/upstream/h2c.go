@@ -219,7 +219,6 @@ func (p *H2CPool) Conns() (open, idle int) {
 func (p *H2CPool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in := &r.in
 	in.open(c, r)
-	r.asked = false
 	for fresh := false; ; fresh = true {
 		if cause := c.Cause(); cause != nil {
 			return nil, cause

@@ -20,8 +20,9 @@ type Body interface {
 	Trailer() []message.Field
 }
 
-// Outgoing is a request to be sent. It may be used again when its answer,
-// which is part of it, is closed; till then nobody changes it.
+// Outgoing is a request to be sent. When its answer, which is part of it, is
+// closed, or there was none, it may be sent again, or be used for another one
+// after Clear; till then nobody changes it.
 type Outgoing struct {
 	// Method, Target and Host are valid by package message.
 	Method, Target, Host []byte

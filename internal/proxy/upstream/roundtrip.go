@@ -30,7 +30,6 @@ var (
 func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in := &r.in
 	in.open(c, r)
-	r.asked = false
 	repeatable := idempotent(r.Method)
 	for fresh := false; ; {
 		now := time.Now()

@@ -16,6 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/net/http2"
+
 	"tako/internal/proxy/message"
 )
 
@@ -258,6 +260,24 @@ func TestRepeatOnlyWhatMayBe(t *testing.T) {
 		if lost, is := errors.AsType[*LostError](err); err != nil && (!is || lost.Repeatable) {
 			t.Errorf("%s: %v", test.name, err)
 		}
+	}
+}
+
+func TestBodyThatHasComeGoesToAnotherInstanceToo(t *testing.T) {
+	dead, _ := listening(t, func(_ int, _ net.Conn, br *bufio.Reader) { _, _, _ = next(br) })
+	deadH2C, _ := frames(t, func(int, *http2.Framer, uint32) bool { return false })
+	p, _ := listening(t, func(_ int, c net.Conn, br *bufio.Reader) {
+		_, body, _ := next(br)
+		_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(body), body)
+	})
+	r := with(outgoing("PUT"), buffered("abc"), 3)
+	for _, p := range []way{dead, deadH2C} {
+		if _, err := p.RoundTrip(new(Cancel), r); !errors.As(err, new(*LostError)) {
+			t.Errorf("got %v", err)
+		}
+	}
+	if _, body, err := ask(t, p, r); body != "abc" || err != nil {
+		t.Errorf("the other instance got %q, %v", body, err)
 	}
 }
 
@@ -1004,9 +1024,10 @@ func TestNoAnswerIsAnothersUnderLoad(t *testing.T) {
 				var c Cancel
 				r := outgoing("PUT")
 				for i := range 200 {
+					r.Clear()
+					r.Method, r.Host = []byte("PUT"), []byte("a.test")
 					r.Target = fmt.Appendf(nil, "/%d/%d/%s", worker, i, strings.Repeat("x", i))
 					want := string(r.Target)
-					r.Body = nil
 					if i%4 == 0 {
 						with(r, streamed("body"), 4)
 						want += "body"
