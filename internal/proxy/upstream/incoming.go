@@ -256,10 +256,10 @@ func (in *Incoming) release(whole bool) {
 	in.l = nil
 	fit := whole && in.s.settled() && !in.head.Close && !in.surplus && (!in.unsure || l.silent())
 	if in.c.detach() && fit {
-		l.pool.putLink(l)
+		l.pool.put(l)
 		return
 	}
-	l.pool.dropLink(l)
+	l.pool.drop(l)
 }
 
 // Close gives the connection back if that was not done, or closes it, and

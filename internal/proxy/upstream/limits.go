@@ -6,10 +6,10 @@ import (
 	"time"
 )
 
-// The limits of an exchange.
+// The limits of an exchange, beside those of its messages in package h1.
 const (
 	// FirstByteTime bounds the time from the end of the request to the first byte
-	// of the answer.
+	// of the answer; on a connection that was used before it may be deadlineSlack more.
 	FirstByteTime = 60 * time.Second
 	// WriteTime bounds each write to an instance that does not read.
 	WriteTime = 60 * time.Second

@@ -1,11 +1,9 @@
 package upstream
 
 import (
-	"context"
 	"errors"
 	"io"
 	"net"
-	"slices"
 	"syscall"
 	"time"
 )
@@ -171,69 +169,4 @@ func (l *link) arm(now time.Time) {
 func (l *link) unlimited() {
 	_ = l.SetReadDeadline(time.Time{})
 	l.due = time.Time{}
-}
-
-// getLink returns a connection for one exchange, whether it was used before, and
-// whether it has to be looked at before that. Fresh asks for one that was not
-// used.
-func (p *Pool) getLink(c *Cancel, now time.Time, fresh bool) (l *link, reused, look bool, err error) {
-	p.mu.Lock()
-	if n := len(p.links) - 1; n >= 0 && !fresh {
-		l := p.links[n]
-		idle := now.Sub(l.since)
-		if idle < IdleTime {
-			p.links[n] = nil
-			p.links = p.links[:n]
-			p.mu.Unlock()
-			return l, true, idle >= PeekAfter, nil
-		}
-		p.expireLinksLocked(now)
-	}
-	p.open++
-	p.mu.Unlock()
-	ctx, cancel := context.WithTimeout(c.Context(), ConnectTime)
-	defer cancel()
-	conn, err := p.dial(ctx)
-	if err == nil {
-		return newLink(conn, p), false, false, nil
-	}
-	p.mu.Lock()
-	p.open--
-	p.mu.Unlock()
-	if cause := c.Cause(); cause != nil {
-		return nil, false, false, cause
-	}
-	return nil, false, false, &DialError{Err: err}
-}
-
-// putLink takes back a connection that is fit for another exchange.
-func (p *Pool) putLink(l *link) {
-	l.since = time.Now()
-	p.mu.Lock()
-	if !p.retired {
-		p.links = append(p.links, l)
-		p.mu.Unlock()
-		return
-	}
-	p.mu.Unlock()
-	p.dropLink(l)
-}
-
-// dropLink closes a connection that is not to be used again.
-func (p *Pool) dropLink(l *link) {
-	_ = l.Close()
-	p.mu.Lock()
-	p.open--
-	p.mu.Unlock()
-}
-
-// expireLinksLocked closes those idle for too long, which stand first.
-func (p *Pool) expireLinksLocked(now time.Time) {
-	n := 0
-	for n < len(p.links) && now.Sub(p.links[n].since) >= IdleTime {
-		_ = p.links[n].Close()
-		n++
-	}
-	p.links = slices.Delete(p.links, 0, n)
-	p.open -= n
 }

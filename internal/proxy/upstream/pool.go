@@ -1,14 +1,10 @@
 package upstream
 
 import (
-	"bufio"
 	"context"
-	"errors"
-	"fmt"
 	"net"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -32,15 +28,14 @@ type DialError struct{ Err error }
 func (e *DialError) Error() string { return "connect to the instance: " + e.Err.Error() }
 func (e *DialError) Unwrap() error { return e.Err }
 
-// A Pool holds the connections to one instance. Make one by NewPool. Idle
-// connections cost neither goroutine nor timer: somebody has to call Sweep now
-// and then.
+// A Pool holds the connections to one instance that speaks HTTP/1.1. Make one by
+// NewPool. Idle connections cost neither goroutine, timer nor buffer: somebody
+// has to call Sweep now and then.
 type Pool struct {
 	dial func(context.Context) (net.Conn, error)
 
 	mu      sync.Mutex
-	idle    []*conn // the one used last at the end
-	links   []*link // the same
+	links   []*link // the idle ones, the one used last at the end
 	open    int     // idle ones, those in use and those being made
 	retired bool
 }
@@ -48,102 +43,58 @@ type Pool struct {
 // NewPool makes a pool that dials by dial, whose context ends after ConnectTime.
 func NewPool(dial func(context.Context) (net.Conn, error)) *Pool { return &Pool{dial: dial} }
 
-// conn is a connection in use or idle. It is used by one exchange at a time.
-type conn struct {
-	net.Conn
-	pool  *Pool
-	br    *bufio.Reader
-	bw    *bufio.Writer
-	since time.Time // idle since
-	read  int64     // bytes of the exchange under way
-	head  int64     // bytes that a head may still have; only while inHead
-	// inHead: reading counts against head.
-	inHead bool
-}
-
-const connBuffer = 4 << 10
-
-var errHeadTooLarge = fmt.Errorf("the answer's head is larger than %d bytes", MaxHead)
-
-// Read is for br: it counts and bounds what arrives.
-func (c *conn) Read(b []byte) (int, error) {
-	if c.inHead && c.head <= 0 {
-		return 0, errHeadTooLarge
-	}
-	n, err := c.Conn.Read(b)
-	c.read += int64(n)
-	c.head -= int64(n)
-	return n, err
-}
-
-// get returns a connection for one exchange and whether it was used before.
-// Fresh asks for one that was not. Careful: look at it, however short it was idle.
-func (p *Pool) get(ctx context.Context, fresh, careful bool) (c *conn, reused bool, err error) {
+// get returns a connection for one exchange, whether it was used before, and
+// whether it has to be looked at before that. Fresh asks for one that was not
+// used.
+func (p *Pool) get(c *Cancel, now time.Time, fresh bool) (l *link, reused, look bool, err error) {
 	p.mu.Lock()
-	for !fresh && len(p.idle) > 0 {
-		c := p.idle[len(p.idle)-1]
-		idle := time.Since(c.since)
-		if idle >= IdleTime {
-			p.expireLocked(time.Now())
-			break
+	if n := len(p.links) - 1; n >= 0 && !fresh {
+		l := p.links[n]
+		idle := now.Sub(l.since)
+		if idle < IdleTime {
+			p.links[n] = nil
+			p.links = p.links[:n]
+			p.mu.Unlock()
+			return l, true, idle >= PeekAfter, nil
 		}
-		p.idle = p.idle[:len(p.idle)-1]
-		p.mu.Unlock()
-		if !careful && idle < PeekAfter || alive(c.Conn) {
-			return c, true, nil
-		}
-		_ = c.Close()
-		p.mu.Lock()
-		p.open--
+		p.expireLocked(now)
 	}
 	p.open++
 	p.mu.Unlock()
-	return p.make(ctx)
-}
-
-// make makes a connection, whose place was counted before.
-func (p *Pool) make(ctx context.Context) (*conn, bool, error) {
-	dialCtx, cancel := context.WithTimeout(ctx, ConnectTime)
+	ctx, cancel := context.WithTimeout(c.Context(), ConnectTime)
 	defer cancel()
-	nc, err := p.dial(dialCtx)
-	if err != nil {
-		p.mu.Lock()
-		p.open--
-		p.mu.Unlock()
-		if ctx.Err() != nil {
-			return nil, false, context.Cause(ctx)
-		}
-		return nil, false, &DialError{Err: err}
+	conn, err := p.dial(ctx)
+	if err == nil {
+		return newLink(conn, p), false, false, nil
 	}
-	c := &conn{Conn: nc, pool: p}
-	c.br = bufio.NewReaderSize(c, connBuffer)
-	c.bw = bufio.NewWriterSize(nc, connBuffer)
-	return c, false, nil
+	p.mu.Lock()
+	p.open--
+	p.mu.Unlock()
+	if cause := c.Cause(); cause != nil {
+		return nil, false, false, cause
+	}
+	return nil, false, false, &DialError{Err: err}
 }
 
 // put takes back a connection that is fit for another exchange.
-func (p *Pool) put(c *conn) {
-	if c.SetDeadline(time.Time{}) != nil {
-		p.drop(c)
-		return
-	}
+func (p *Pool) put(l *link) {
+	l.since = time.Now()
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.retired {
-		_ = c.Close()
-		p.open--
+	if !p.retired {
+		p.links = append(p.links, l)
+		p.mu.Unlock()
 		return
 	}
-	c.since = time.Now()
-	p.idle = append(p.idle, c)
+	p.mu.Unlock()
+	p.drop(l)
 }
 
 // drop closes a connection that is not to be used again.
-func (p *Pool) drop(c *conn) {
-	_ = c.Close()
+func (p *Pool) drop(l *link) {
+	_ = l.Close()
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	p.open--
+	p.mu.Unlock()
 }
 
 // Sweep closes the connections that were idle for IdleTime.
@@ -151,20 +102,16 @@ func (p *Pool) Sweep(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.expireLocked(now)
-	p.expireLinksLocked(now)
 }
 
 // expireLocked closes those idle for too long, which stand first.
 func (p *Pool) expireLocked(now time.Time) {
 	n := 0
-	for n < len(p.idle) && now.Sub(p.idle[n].since) >= IdleTime {
-		_ = p.idle[n].Close()
+	for n < len(p.links) && now.Sub(p.links[n].since) >= IdleTime {
+		_ = p.links[n].Close()
 		n++
 	}
-	if n == 0 {
-		return
-	}
-	p.idle = slices.Delete(p.idle, 0, n)
+	p.links = slices.Delete(p.links, 0, n)
 	p.open -= n
 }
 
@@ -174,14 +121,11 @@ func (p *Pool) Retire() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.retired = true
-	for _, c := range p.idle {
-		_ = c.Close()
-	}
 	for _, l := range p.links {
 		_ = l.Close()
 	}
-	p.open -= len(p.idle) + len(p.links)
-	p.idle, p.links = nil, nil
+	p.open -= len(p.links)
+	p.links = nil
 }
 
 // Revive takes Retire back.
@@ -195,32 +139,5 @@ func (p *Pool) Revive() {
 func (p *Pool) Conns() (open, idle int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.open, len(p.idle) + len(p.links)
-}
-
-// alive reports whether an idle connection is still open and silent. A
-// connection that cannot be looked at counts as alive.
-func alive(c net.Conn) bool {
-	sc, ok := c.(syscall.Conn)
-	if !ok {
-		return true
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return true
-	}
-	quiet := false
-	err = raw.Read(func(fd uintptr) bool {
-		var b [1]byte
-		for {
-			_, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-			if errors.Is(err, syscall.EINTR) {
-				continue
-			}
-			// Both a byte and the end mean that it is of no use any more.
-			quiet = errors.Is(err, syscall.EAGAIN)
-			return true
-		}
-	})
-	return err == nil && quiet
+	return p.open, len(p.links)
 }

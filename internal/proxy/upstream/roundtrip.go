@@ -33,7 +33,7 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	repeatable := idempotent(r.Method)
 	for fresh := false; ; {
 		now := time.Now()
-		l, reused, look, err := p.getLink(c, now, fresh)
+		l, reused, look, err := p.get(c, now, fresh)
 		if err != nil {
 			return nil, err
 		}
@@ -55,7 +55,7 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 // the connection is gone, and so is all that the exchange held.
 func (in *Incoming) exchange(l *link, now time.Time, look bool) error {
 	if !in.c.attach(l.Conn) {
-		l.pool.dropLink(l)
+		l.pool.drop(l)
 		return in.c.Cause()
 	}
 	in.l = l
@@ -275,12 +275,12 @@ func (in *Incoming) switchProtocols() error {
 	_ = l.SetDeadline(time.Time{})
 	in.over, in.l = true, nil
 	if !in.c.detach() {
-		l.pool.dropLink(l)
+		l.pool.drop(l)
 		return in.c.Cause()
 	}
 	first := bytes.Clone(in.buf.B[in.at:in.end])
 	in.end = in.at
-	t := &Tunnel{conn: l.Conn, r: l.Conn, drop: func() { l.pool.dropLink(l) }}
+	t := &Tunnel{conn: l.Conn, r: l.Conn, drop: func() { l.pool.drop(l) }}
 	if len(first) > 0 {
 		t.r = io.MultiReader(bytes.NewReader(first), l.Conn)
 	}
