@@ -310,7 +310,7 @@ func TestReloadTakesLessThanHalfASecond(t *testing.T) {
 	}
 	slices.Sort(took)
 	row(t, fmt.Sprintf("%d reloads of an idle server", reloads), 0, 0, fmt.Sprintf("took %s, at most %s", took[reloads/2].Round(time.Millisecond), took[reloads-1].Round(time.Millisecond)))
-	if soaking() && took[reloads-1] > 500*time.Millisecond {
-		t.Errorf("the longest reload took %s, more than 0.5 s", took[reloads-1])
+	if soaking() && took[reloads/2] > 500*time.Millisecond {
+		t.Errorf("half of the reloads took %s or longer, more than 0.5 s", took[reloads/2])
 	}
 }
