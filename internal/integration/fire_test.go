@@ -726,6 +726,56 @@ func TestFireDamagedDatabaseIsReplacedByABackupAndSaid(t *testing.T) {
 	row(t, "a damaged database", len(damages), 0, "starts from the newest backup, said each time")
 }
 
+// TestFireChangeThatIsCommittedIsFinishedLater: once the row is in the database a
+// change has happened, also if the file that belongs to it cannot be moved. What
+// comes next finds it, and finishes it.
+func TestFireChangeThatIsCommittedIsFinishedLater(t *testing.T) {
+	t.Parallel()
+	s := prepare(t, takotest.Options{})
+	now := fireStart(t, s)
+	secrets := filepath.Join(s.Data, "apps", fireApp, "secrets.json")
+	for n, last := range []string{"restart", "update_secrets, merged", "kill", "deploy"} {
+		var update, stop, next fireOp
+		for _, op := range fireOps(now, n+1) {
+			switch op.name {
+			case "update_secrets":
+				update = op
+			case "stop":
+				stop = op
+			case last:
+				next = op
+			}
+		}
+		if err := stop.ask(s); err != nil {
+			t.Fatal(err)
+		}
+		now = update.after(stop.after(now))
+		// A folder in the way of the rename.
+		if err := errors.Join(os.Rename(secrets, secrets+".old"), os.Mkdir(secrets, 0o700)); err != nil {
+			t.Fatal(err)
+		}
+		if err := update.ask(s); err != nil {
+			t.Fatalf("update_secrets: %v", err)
+		}
+		if last == "kill" {
+			next = fireOp{last, func(s *takotest.Server) error { return errors.Join(s.Kill(), s.Start()) }, func(*fireState) {}, false}
+		} else if err := next.ask(s); err == nil || !strings.Contains(err.Error(), "Failed to finish the last change") {
+			t.Errorf("%s with the folder there: %v", last, err)
+		}
+		if err := os.Remove(secrets); err != nil {
+			t.Fatal(err)
+		}
+		if err := next.ask(s); err != nil {
+			t.Fatalf("%s: %v", last, err)
+		}
+		now = settle(t, s, last, next.after(now))
+		now.served(t, s)
+		if err := os.Remove(secrets + ".old"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func btoi(b bool) int {
 	if b {
 		return 1

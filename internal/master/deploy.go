@@ -53,6 +53,9 @@ func (s *server) Deploy(ctx context.Context, r management.DeployRequest, progres
 	}
 	secrets := r.Secrets
 	if secrets == nil {
+		if err := a.settle(); err != nil {
+			return management.DeployResult{}, err
+		}
 		if secrets, err = release.ReadSecrets(a.layout.Secrets()); err != nil {
 			return management.DeployResult{}, tako.Errorf(tako.CodeFailed, "Failed to read secrets: %v", err)
 		}
@@ -105,6 +108,9 @@ func (s *server) roll(ctx context.Context, a *app, r roll, patterns []route.Patt
 		if err := a.releaseCommand(ctx, b, progress); err != nil {
 			return none, err
 		}
+	}
+	if err := a.settle(); err != nil {
+		return none, err
 	}
 	// New instances start from these; they replace secrets.json after the commit.
 	if err := release.WriteSecrets(a.layout.SecretsNext(), r.secrets); err != nil {
@@ -226,7 +232,7 @@ func (s *server) commit(a *app, next store.App, progress management.Progress) er
 	clear(a.deaths)
 	a.mu.Unlock()
 	if err := finishCommit(a.layout, next); err != nil {
-		a.log.Error("deployed, but a file could not be moved; the next start does it", logging.Err, err)
+		a.log.Error("deployed, but a file could not be moved; the next command or start does it", logging.Err, err)
 	}
 	return nil
 }
@@ -254,6 +260,19 @@ func finishCommit(l paths.AppLayout, reg store.App) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// settle finishes a commit whose files could not be moved, before its secrets are
+// read or others take their place beside them.
+func (a *app) settle() error {
+	reg := a.registration()
+	if reg.ID == "" {
+		return nil
+	}
+	if err := finishCommit(a.layout, reg); err != nil {
+		return tako.Errorf(tako.CodeFailed, "Failed to finish the last change of '%s': %v", a.id, err)
+	}
+	return nil
 }
 
 func drainDone(ch chan rollout.Done) {
@@ -552,6 +571,9 @@ func (s *server) again(ctx context.Context, a *app, reg store.App, v tako.Releas
 		return management.DeployResult{}, err
 	}
 	if secrets == nil {
+		if err := a.settle(); err != nil {
+			return management.DeployResult{}, err
+		}
 		if secrets, err = release.ReadSecrets(a.layout.Secrets()); err != nil {
 			return management.DeployResult{}, tako.Errorf(tako.CodeFailed, "Failed to read secrets: %v", err)
 		}
@@ -569,6 +591,9 @@ func (s *server) UpdateSecrets(ctx context.Context, app tako.AppID, secrets map[
 		return false, errDeployBusy(app)
 	}
 	defer a.endOp()
+	if err := a.settle(); err != nil {
+		return false, err
+	}
 	if merge {
 		old, err := release.ReadSecrets(a.layout.Secrets())
 		if err != nil {
@@ -621,7 +646,7 @@ func (s *server) writeSecrets(ctx context.Context, a *app, reg store.App, secret
 		a.log.Warn("a request woke the app while its secrets were changed: the instance may have the old ones until its next start")
 	}
 	if err := finishCommit(a.layout, reg); err != nil {
-		return tako.Errorf(tako.CodeFailed, "Failed to write secrets: %v", err)
+		a.log.Error("secrets changed, but their file could not be moved; the next command or start does it", logging.Err, err)
 	}
 	return nil
 }
