@@ -1077,7 +1077,7 @@ func TestCloseEndsEveryConnection(t *testing.T) {
 // It has promised that the connection stays, so a request may be on its way.
 func TestAnAnswerBegunBeforeADrainIsNotTheLast(t *testing.T) {
 	drain := make(chan func(), 1)
-	s := serve(t, limits(), func(x message.Exchange) {
+	h := func(x message.Exchange) {
 		_ = x.Begin(&message.Response{Status: 200, Length: 0})
 		select {
 		case f := <-drain:
@@ -1085,7 +1085,8 @@ func TestAnAnswerBegunBeforeADrainIsNotTheLast(t *testing.T) {
 		default:
 		}
 		_ = x.End(nil)
-	})
+	}
+	s := serve(t, limits(), h)
 	drain <- s.Drain
 	c := s.dial().send("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
 	if resp := c.want(200, ""); resp.Close {
@@ -1096,9 +1097,12 @@ func TestAnAnswerBegunBeforeADrainIsNotTheLast(t *testing.T) {
 	}
 	c.ends()
 
+	s = serve(t, limits(), h)
 	drain <- s.Drain
 	c = s.dial().send("GET / HTTP/1.1\r\nHost: h\r\n\r\n")
-	c.want(200, "")
+	if resp := c.want(200, ""); resp.Close {
+		t.Errorf("%+v", resp)
+	}
 	s.Shutdown(t.Context())
 	c.ends()
 }
