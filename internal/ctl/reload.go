@@ -46,8 +46,8 @@ anything would not work, or does not, everything stays as it is and this says wh
 	})
 }
 
-// reloaded waits for the reload after before to end. Connections end with the old
-// image, so each question has one of its own.
+// reloaded waits for the reload after before to end. Each question has a connection
+// of its own: the server may end meanwhile, and be started again.
 func (r *run) reloaded(ctx context.Context, before management.ReloadInfo) (info management.ServerInfo, err error) {
 	for {
 		select {
