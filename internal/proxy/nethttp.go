@@ -188,7 +188,8 @@ func (x *httpExchange) read() bool {
 	if hosts := r.Header["Host"]; len(hosts) > 0 && (len(hosts) > 1 || !strings.EqualFold(hosts[0], r.Host)) {
 		return false
 	}
-	if _, _, ok := message.ParseHost(q.Host); !ok || !message.ValidTarget(q.Target) && r.Method != http.MethodConnect {
+	// Over HTTP/2 Go lets a method be anything.
+	if _, _, ok := message.ParseHost(q.Host); !ok || !message.ValidToken(q.Method) || !message.ValidTarget(q.Target) && r.Method != http.MethodConnect {
 		return false
 	}
 	for name, values := range r.Header {
