@@ -185,16 +185,15 @@ func (c *conn) serve() {
 	c.die(errGone)
 	c.timer.Stop()
 	c.held = nil
-	var gone []*stream
+	var tells []func()
 	for _, s := range c.open {
-		if s.watcher != nil && s.working && !s.telling {
-			s.telling = true
-			gone = append(gone, s)
+		if tell := s.teller(); tell != nil {
+			tells = append(tells, tell)
 		}
 	}
 	c.mu.Unlock()
-	for _, s := range gone {
-		s.tell()
+	for _, tell := range tells {
+		tell()
 	}
 	c.mu.Lock()
 	for i := 0; i < len(c.open); {
@@ -223,7 +222,7 @@ func (c *conn) die(why error) {
 		return
 	}
 	c.dead, c.why = true, why
-	_ = c.nc.Close()
+	_ = inner(c.nc).Close() // TLS would wait until its farewell is written
 	for _, s := range c.open {
 		s.stop(errGone)
 	}
@@ -290,10 +289,8 @@ func (c *conn) closeSending() {
 	if t, ok := c.nc.(interface{ CloseWrite() error }); ok {
 		_ = t.CloseWrite() // of TLS: its alert
 	}
-	if t, ok := c.nc.(interface{ NetConn() net.Conn }); ok {
-		if t, ok := t.NetConn().(interface{ CloseWrite() error }); ok {
-			_ = t.CloseWrite()
-		}
+	if t, ok := inner(c.nc).(interface{ CloseWrite() error }); ok {
+		_ = t.CloseWrite()
 	}
 	c.mu.Lock()
 }

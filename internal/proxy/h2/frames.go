@@ -197,9 +197,10 @@ func (c *conn) breach(s *stream, id uint32, code http2.ErrCode) error {
 		return c.addControl()
 	}
 	if s.stopped == nil {
-		c.appendReset(id, code)
-		s.silent = true
-		s.how = byUs
+		if !s.silent {
+			c.appendReset(id, code)
+			s.silent, s.how = true, byUs
+		}
 		c.gone(s, errMalformed)
 	}
 	return c.addControl()
@@ -219,12 +220,12 @@ func (c *conn) rstStream(f frameHeader, p []byte) error {
 		return fault(http2.ErrCodeProtocol, "RST_STREAM on an idle stream")
 	}
 	s := c.find(f.id)
-	if s == nil || s.stopped != nil {
+	if s == nil || s.stopped != nil || s.counted {
 		if !c.purse.spend(closed, c.clock) {
 			return calm(closed)
 		}
 		if s != nil {
-			s.how = byClient
+			s.silent, s.how = true, byClient
 		}
 		return nil
 	}
@@ -314,7 +315,7 @@ func (c *conn) openBlock(id uint32) error {
 		return nil
 	}
 	s := c.find(id)
-	if s != nil && s.stopped == nil {
+	if s != nil && s.stopped == nil && !s.silent {
 		if s.clientEnded {
 			return c.breach(s, id, http2.ErrCodeStreamClosed)
 		}
@@ -652,10 +653,9 @@ func (c *conn) gone(s *stream, why error) {
 		c.remove(s, s.how)
 		return
 	}
-	if s.watcher != nil && !s.telling {
-		s.telling = true
+	if tell := s.teller(); tell != nil {
 		c.mu.Unlock()
-		s.tell()
+		tell()
 		c.mu.Lock()
 	}
 }

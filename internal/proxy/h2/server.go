@@ -121,11 +121,12 @@ func (s *Server) Drain() {
 }
 
 // CloseIdle ends the connections on which there is no request, telling their
-// clients that nothing they may just have sent was acted on. It does not block.
+// clients that nothing they may just have sent was acted on. Those that are being
+// drained end by themselves. It does not block.
 func (s *Server) CloseIdle() {
 	for _, c := range s.all() {
 		c.mu.Lock()
-		if len(c.open) == 0 && c.ready {
+		if len(c.open) == 0 && c.ready && c.drainedAt == noDeadline { // a drain ends it by itself
 			c.leave()
 		}
 		c.mu.Unlock()
@@ -166,14 +167,15 @@ func (s *Server) Close() {
 	}
 }
 
-// Count returns the connections that have a request which does not last, or may
-// be bringing one, and those that have none at all. A connection whose requests
+// Count returns the connections that have a request which does not last, may be
+// bringing one, or still have the last answer on its way, and those that have
+// none at all. A connection whose requests
 // all last is neither.
 func (s *Server) Count() (busy, idle int) {
 	for _, c := range s.all() {
 		c.mu.Lock()
 		switch {
-		case !c.ready || c.bringing:
+		case !c.ready || c.bringing, c.parting && (!c.parted || unsent(c.nc)):
 			busy++
 		case len(c.open) == 0:
 			idle++

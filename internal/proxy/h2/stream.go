@@ -67,7 +67,7 @@ type stream struct {
 	lastAt     int
 
 	watcher message.Watcher
-	telling bool
+	telling int // calls of watchers that are under way
 }
 
 var streams = sync.Pool{New: func() any { return new(stream) }}
@@ -127,7 +127,7 @@ func (s *stream) answer() {
 	s.handle()
 	c.mu.Lock()
 	s.abort()
-	for s.telling {
+	for s.telling > 0 {
 		c.written.Wait()
 	}
 	how := s.how
@@ -154,13 +154,23 @@ func (s *stream) handle() {
 	s.c.srv.Handler.Handle(s)
 }
 
-// tell tells the watcher that its client has gone.
-func (s *stream) tell() {
-	s.watcher.ClientGone()
-	s.c.mu.Lock()
-	s.watcher, s.telling = nil, false
-	s.c.written.Broadcast()
-	s.c.mu.Unlock()
+// teller takes the watcher off, and returns what tells it that its client has
+// gone, nil if there is none. The handler does not end before it was called,
+// which must be without mu. The caller holds mu.
+func (s *stream) teller() func() {
+	w := s.watcher
+	if w == nil || !s.working {
+		return nil
+	}
+	s.watcher = nil
+	s.telling++
+	return func() {
+		w.ClientGone()
+		s.c.mu.Lock()
+		s.telling--
+		s.c.written.Broadcast()
+		s.c.mu.Unlock()
+	}
 }
 
 func (s *stream) Request() *message.Request { return &s.request }
@@ -517,13 +527,14 @@ func (s *stream) Lasts() {
 func (s *stream) Watch(w message.Watcher) {
 	s.c.mu.Lock()
 	defer s.c.mu.Unlock()
-	for s.telling { // the one before
+	for s.telling > 0 { // the one before
 		s.c.written.Wait()
 	}
 	s.watcher = w
-	if w != nil && s.err() != nil && !s.interrupted {
-		s.telling = true
-		go s.tell()
+	if s.err() != nil && !s.interrupted {
+		if tell := s.teller(); tell != nil {
+			go tell()
+		}
 	}
 }
 

@@ -37,12 +37,18 @@ func (c *conn) tick() {
 		return false
 	}
 	switch {
-	case due(c.writeFrom, c.limits.Write), due(c.partedAt, c.limits.Linger), due(c.headSince, c.limits.Head):
+	case due(c.writeFrom, c.limits.Write), due(c.headSince, c.limits.Head):
 		c.die(errGone)
 		return
 	case due(c.pinged, c.limits.Head) && len(c.open) > 0:
 		c.die(errGone)
 		return
+	case due(c.partedAt, c.limits.Linger):
+		if now-c.partedAt > c.limits.Write || !unsent(c.nc) {
+			c.die(errGone)
+			return
+		}
+		next = min(next, now+c.limits.Linger)
 	case due(c.drainedAt, drainWait), len(c.open) == 0 && due(c.idleSince, c.limits.Keep):
 		c.leave()
 	case len(c.open) > 0 && c.pinged == noDeadline && due(c.heard, c.limits.Keep):

@@ -19,6 +19,7 @@ func TestAWatcherTakenOffIsNeverTold(t *testing.T) {
 	c := newConn(&Server{}, near, &message.Client{})
 	c.mu.Lock()
 	s := newStream(c, 1)
+	s.working = true
 	c.mu.Unlock()
 	w := make(told, 2)
 	s.Watch(w)
