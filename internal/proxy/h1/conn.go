@@ -55,7 +55,7 @@ type conn struct {
 	interrupted atomic.Bool
 	lasts       atomic.Bool
 
-	mu      sync.Mutex      // held while a watcher is told
+	mu      sync.Mutex      // held while a watcher is told, and while a wait is ended
 	watcher message.Watcher // guarded by mu
 	watch   uint32          // guarded by mu: counts watchers and their ends
 	gone    bool            // guarded by mu: during an exchange
@@ -138,21 +138,33 @@ func (c *conn) await() bool {
 		err := c.wait()
 		ph, since := c.phase.load()
 		if err == nil {
-			// Also if its time is over: what has come is answered.
 			next := c.srv.clock.Load()
 			if ph == fresh {
 				next = since
 			}
-			return c.phase.move(ph, head, since, next) || c.phase.move(expired, head, since, next)
+			if ph != expired && c.phase.move(ph, head, since, next) {
+				return true
+			}
+			// Its time is over, but what has come is answered.
+			c.mu.Lock() // until the deadline that was to wake it is set
+			defer c.mu.Unlock()
+			_ = c.sock.SetReadDeadline(time.Time{})
+			c.phase.store(head, next)
+			return !c.interrupted.Load()
 		}
 		if !isTimeout(err) || c.interrupted.Load() {
 			return false
 		}
-		_ = c.sock.SetReadDeadline(time.Time{})
 		if ph == expired && !c.pending() {
 			return false
 		}
-		// A request came just before the end, or a deadline was meant for something else.
+		// A request came just before the end, or the deadline was meant for a body.
+		c.mu.Lock()
+		_ = c.sock.SetReadDeadline(time.Time{})
+		c.mu.Unlock()
+		if c.interrupted.Load() {
+			return false
+		}
 	}
 }
 
@@ -214,6 +226,8 @@ func (c *conn) tryRead(fd uintptr) bool {
 
 // expireIf ends the time of a connection that is in that phase.
 func (c *conn) expireIf(is phase) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
 	if ph, since := c.phase.load(); ph == is && c.phase.move(ph, expired, since, since) {
 		_ = c.sock.SetReadDeadline(past)
 	}
@@ -306,8 +320,9 @@ func (c *conn) refuse(err error) {
 	if !bytes.HasPrefix(c.in.B[c.r:c.w], []byte("HEAD ")) {
 		b = append(b, text...)
 	}
+	c.mu.Lock() // until a deadline that is being set is
 	c.phase.store(closing, c.srv.clock.Load())
-	_ = c.sock.SetReadDeadline(time.Time{})
+	c.mu.Unlock()
 	if c.write(b) == nil {
 		c.linger()
 	}

@@ -1121,3 +1121,81 @@ func TestManyConnectionsOverTLSWaitWithoutABuffer(t *testing.T) {
 		}
 	}
 }
+
+// A request that meets the end of its connection is answered or not, but never
+// in part, and nothing that was to wake a connection that waits disturbs it.
+func TestRequestsAgainstCloseIdle(t *testing.T) {
+	everywhere(t, limits(), func(x message.Exchange) {
+		if r := x.Request(); r.Upgrade != nil {
+			_ = x.Begin(&message.Response{Status: http.StatusSwitchingProtocols, Upgrade: r.Upgrade})
+			stream, err := x.Tunnel()
+			if err != nil {
+				return
+			}
+			defer stream.Close()
+			p := make([]byte, 5)
+			if _, err := io.ReadFull(stream, p); err == nil {
+				_, _ = stream.Write(p)
+			}
+			return
+		}
+		echo(x)
+	}, func(t *testing.T, s *server) {
+		stop, stopped := make(chan bool), make(chan bool)
+		go func() {
+			defer close(stopped)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					s.CloseIdle()
+				}
+			}
+		}()
+		var clients sync.WaitGroup
+		for range 4 {
+			clients.Go(func() {
+				for range 30 {
+					c := s.dial()
+					for i := range 10 {
+						upgrade := i == 9
+						asked := "POST /a HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\n"
+						if upgrade {
+							asked = "GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+						}
+						_, err := io.WriteString(c, asked)
+						if err == nil {
+							_, err = io.WriteString(c, "hello")
+						}
+						b, rerr := c.br.Peek(1)
+						if len(b) == 0 { // it was not answered
+							if isTimeout(rerr) {
+								t.Error("a request was neither answered nor refused")
+							}
+							break
+						}
+						resp, err := http.ReadResponse(c.br, nil)
+						if err != nil {
+							t.Error(err)
+							break
+						}
+						body := io.Reader(resp.Body)
+						want := "POST /a hello"
+						if upgrade {
+							body, want = c.br, "hello"
+						}
+						if got, err := io.ReadAll(body); string(got) != want || err != nil {
+							t.Errorf("%d %q, %v", resp.StatusCode, got, err)
+							break
+						}
+					}
+					c.Close()
+				}
+			})
+		}
+		clients.Wait()
+		close(stop)
+		<-stopped
+	})
+}
