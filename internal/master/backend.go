@@ -121,7 +121,16 @@ func (a *app) halt(ctx context.Context) error {
 	a.mu.Lock()
 	drainDone(a.done)
 	a.stepLocked(rollout.Stop{})
+	var draining []uint32
+	for _, in := range a.core.View(time.Now()).All {
+		if in.Draining {
+			draining = append(draining, in.N)
+		}
+	}
 	a.mu.Unlock()
+	for _, n := range draining { // a proxy that was told of a delete may have said so before
+		a.srv.checkQuiet(a.instance(n))
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, HaltTime, tako.Errorf(tako.CodeFailed,
 		"Stop failed: an instance of '%s' does not end within %s, not even killed; it may be stuck in the kernel", a.id, HaltTime))
 	defer cancel()
