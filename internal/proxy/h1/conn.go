@@ -146,26 +146,38 @@ func (c *conn) await() bool {
 				return true
 			}
 			// Its time is over, but what has come is answered.
-			c.mu.Lock() // until the deadline that was to wake it is set
-			defer c.mu.Unlock()
-			_ = c.sock.SetReadDeadline(time.Time{})
 			c.phase.store(head, next)
-			return !c.interrupted.Load()
+			c.rearm()
+			return true
 		}
 		if !isTimeout(err) || c.interrupted.Load() {
 			return false
 		}
-		if ph == expired && !c.pending() {
+		if c.rearm() != expired {
+			continue
+		}
+		if !c.pending() {
 			return false
 		}
-		// A request came just before the end, or the deadline was meant for a body.
-		c.mu.Lock()
-		_ = c.sock.SetReadDeadline(time.Time{})
-		c.mu.Unlock()
-		if c.interrupted.Load() {
-			return false
-		}
+		// A request came just before the end.
+		c.phase.store(head, c.srv.clock.Load())
+		c.rearm()
 	}
+}
+
+// rearm takes off a deadline that was meant for something else, and returns the
+// phase: an expired one's was meant.
+func (c *conn) rearm() phase {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	ph, _ := c.phase.load()
+	if ph != expired {
+		_ = c.sock.SetReadDeadline(time.Time{})
+	}
+	if c.interrupted.Load() {
+		_ = c.sock.SetReadDeadline(past)
+	}
+	return ph
 }
 
 // wait reads something into in.
@@ -268,13 +280,12 @@ func (c *conn) readHead() bool {
 		if c.w += n; n > 0 {
 			continue
 		}
-		ph, _ := c.phase.load()
 		switch {
-		case isTimeout(err) && ph == expired:
-			c.refuse(errSlowHead)
-			return false
 		case isTimeout(err) && !c.interrupted.Load():
-			_ = c.sock.SetReadDeadline(time.Time{}) // it was meant for the wait before
+			if c.rearm() == expired {
+				c.refuse(errSlowHead)
+				return false
+			}
 		case errors.Is(err, io.EOF):
 			c.refuse(errCut)
 			return false
@@ -446,7 +457,7 @@ func (c *conn) drain() bool {
 		n, err := c.ReadBody(b.B[:min(int64(len(b.B)), left)])
 		left -= int64(n)
 		if err == io.EOF { //nolint:errorlint // ReadBody returns it bare
-			_ = c.sock.SetReadDeadline(time.Time{})
+			c.rearm()
 			return true
 		}
 		if err != nil {

@@ -8,7 +8,6 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"tako/internal/proxy/message"
 )
@@ -268,10 +267,7 @@ func (c *conn) readMore(p []byte) (int, error) {
 		case c.late.Load():
 			return 0, os.ErrDeadlineExceeded
 		default:
-			_ = c.sock.SetReadDeadline(time.Time{}) // it was meant for the wait before
-			if c.interrupted.Load() {
-				return 0, errInterrupted
-			}
+			c.rearm()
 		}
 	}
 }
