@@ -98,7 +98,7 @@ func NewFlags(c *Config) *pflag.FlagSet {
 	f.StringVar(&c.ACMEEmail, "acme-email", "", "contact for the authority")
 	f.Uint64Var(&c.RenewalHours, "renewal-interval-hours", 12, "how often certificates are looked at for renewal")
 	f.StringVar(&c.InstancePorts, "instance-ports", "20000-31999", "TCP ports on loopback for instances")
-	f.Uint16Var(&c.InstancePortOffset, "instance-port-offset", 0, "shift the apps' preferred instance ports, for a second server on this host")
+	f.Uint16Var(&c.InstancePortOffset, "instance-port-offset", 0, "shift the apps' preferred instance ports; not 0: serve beside the owner of the data root if it has one, on its ports, follow it, and take its place when it has gone")
 	f.StringSliceVar(&c.TrustedProxies, "trusted-proxies", nil, "addresses or prefixes whose X-Forwarded-* are believed (default: nobody's)")
 	f.BoolVar(&c.ProxyProtocol, "proxy-protocol", false, "connections come from trusted-proxies only and begin with a PROXY protocol header")
 	f.StringVar(&c.HTTPEngine, "http-engine", string(wire.EngineTako), "what speaks HTTP with clients: tako, or Go's own net/http, which is slower and less strict")
