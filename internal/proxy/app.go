@@ -90,6 +90,11 @@ func check(m *wire.App) error {
 			return fmt.Errorf("instance %s is not one of app %s, or there twice", u.Instance, m.App)
 		}
 		seen[u.Instance] = true
+		switch u.Protocol {
+		case "", wire.ProtocolHTTP1, wire.ProtocolH2C:
+		default:
+			return fmt.Errorf("instance %s speaks the unknown protocol %q", u.Instance, u.Protocol)
+		}
 	}
 	if m.MaxInFlight < 0 {
 		return fmt.Errorf("app %s with %d requests in flight", m.App, m.MaxInFlight)
@@ -124,7 +129,7 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 	for _, u := range m.Instances {
 		i, known := before[u.Instance]
 		if !known {
-			i = newInstance(u.Instance, dial)
+			i = newInstance(u.Instance, u.Protocol, dial)
 		}
 		delete(before, u.Instance)
 		a.instances[u.Instance] = i

@@ -43,7 +43,7 @@ const (
 // two always sees the other.
 type instance struct {
 	id     tako.InstanceID
-	pool   *upstream.Pool
+	pool   pool
 	socket atomic.Pointer[string]
 	joined atomic.Int64 // when it joined others, in Unix nanoseconds; 0: it is not new
 
@@ -63,14 +63,27 @@ type instance struct {
 	said  int        // guarded by mu: the streams in the last Quiet for it; -1 for none yet
 }
 
-func newInstance(id tako.InstanceID, dial dialTCP) *instance {
+// pool is the way to an instance: an upstream.Pool or upstream.H2CPool.
+type pool interface {
+	RoundTrip(c *upstream.Cancel, r *upstream.Outgoing) (*upstream.Incoming, error)
+	Sweep(now time.Time)
+	Retire()
+	Revive()
+}
+
+func newInstance(id tako.InstanceID, protocol wire.Protocol, dial dialTCP) *instance {
 	i := &instance{id: id}
-	i.pool = upstream.NewPool(func(ctx context.Context) (net.Conn, error) {
+	connect := func(ctx context.Context) (net.Conn, error) {
 		if socket := *i.socket.Load(); socket != "" {
 			return dialUnix(ctx, socket)
 		}
 		return dial(ctx, id)
-	})
+	}
+	if protocol == wire.ProtocolH2C {
+		i.pool = upstream.NewH2CPool(connect)
+	} else {
+		i.pool = upstream.NewPool(connect)
+	}
 	return i
 }
 
