@@ -191,6 +191,7 @@ func TestEarlyAnswerStopsTheBody(t *testing.T) {
 		p.ask(id, true, "x", "y")
 	}
 	p.wantOK(201)
+	p.wantSettled()
 }
 
 func TestHeadLargerThanAFrameGoesOutInPieces(t *testing.T) {

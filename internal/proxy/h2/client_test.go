@@ -15,8 +15,10 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
 
 	"tako/internal/proxy/message"
 )
@@ -250,4 +252,80 @@ func TestAnswerThatIsCutIsAnErrorToClients(t *testing.T) {
 	if b, err := io.ReadAll(resp.Body); err == nil {
 		t.Errorf("got %q as a whole", b)
 	}
+}
+
+func TestLastAnswerReachesASlowClient(t *testing.T) {
+	const n = 1 << 20
+	srv := &Server{Limits: message.DefaultLimits(), Handler: handlerFunc(func(x message.Exchange) { respond(x, strings.Repeat("a", n)) })}
+	srv.Limits.Linger = 10 * time.Millisecond
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	nc, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	_ = nc.(*net.TCPConn).SetReadBuffer(16 << 10) // all else stays with the server
+	far, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = far.(*net.TCPConn).SetWriteBuffer(2 * n)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		srv.Serve(far, &message.Client{})
+	}()
+	fr := http2.NewFramer(nc, nc)
+	var block bytes.Buffer
+	enc := hpack.NewEncoder(&block)
+	for i, fields := 0, base("GET", "/"); i < len(fields); i += 2 {
+		_ = enc.WriteField(hpack.HeaderField{Name: fields[i], Value: fields[i+1]})
+	}
+	_, _ = nc.Write([]byte(http2.ClientPreface))
+	_ = fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 30})
+	_ = fr.WriteWindowUpdate(0, 1<<30)
+	_ = fr.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true, EndStream: true})
+	srv.Drain()
+	parted := func() bool {
+		for _, c := range srv.all() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			return c.parted
+		}
+		return true
+	}
+	for got, frames := 0, 0; ; frames++ {
+		f, err := fr.ReadFrame()
+		if err != nil {
+			t.Fatalf("after %d of %d bytes: %v", got, n, err)
+		}
+		if f, ok := f.(*http2.PingFrame); ok && !f.IsAck() {
+			_ = fr.WritePing(true, f.Data)
+		}
+		if f, ok := f.(*http2.DataFrame); ok {
+			got += len(f.Data())
+			if frames < 10 {
+				for range 500 { // all is written, and more than the time to linger passes
+					if time.Sleep(time.Millisecond); parted() {
+						break
+					}
+				}
+				time.Sleep(2 * srv.Limits.Linger)
+			}
+			_ = fr.WriteWindowUpdate(0, 1<<10)
+			if f.StreamEnded() {
+				if got != n {
+					t.Errorf("got %d of %d bytes", got, n)
+				}
+				break
+			}
+		}
+	}
+	_ = nc.Close()
+	<-served
+	srv.Close()
 }

@@ -147,6 +147,7 @@ type conn struct {
 	drainedAt time.Duration
 	writeFrom time.Duration // when the write that goes on began
 	partedAt  time.Duration
+	faultAt   time.Duration // when the client broke the protocol
 }
 
 func newConn(s *Server, nc net.Conn, client *message.Client) *conn {
@@ -246,6 +247,8 @@ func (c *conn) part(e *protocolError) {
 	}
 	c.appendGoAway(c.acted, e.code)
 	c.leaving = true
+	c.faultAt = c.now()
+	c.arm(c.faultAt + c.limits.Linger)
 	c.endSending()
 }
 

@@ -218,21 +218,24 @@ func TestBlocksOfFieldsAreBounded(t *testing.T) {
 	}
 }
 
-func TestAnswersToPingThatNobodyReadsAreBounded(t *testing.T) {
+func TestResetsThatNobodyReadsAreBounded(t *testing.T) {
 	inTime(t, func(t *testing.T) {
-		p := serve(t, ok)
+		p := serve(t, func(message.Exchange) { t.Error("a handler was called") })
 		p.gate <- struct{}{}
-		sent := 0
-		for ; sent < 100*PingBurst; sent++ {
-			if p.fr.WritePing(false, [8]byte{}) != nil {
-				break
+		from := time.Now()
+		func() {
+			defer unfork()
+			p := p.fork()
+			for i := uint32(0); time.Since(from) < limits.Write; i++ { // as many as the budget of resets allows
+				p.ask(2*i+1, true, "x", "y")
+				if i >= ResetBurst-10 {
+					time.Sleep(time.Second / ResetRate)
+				}
 			}
-			if sent%(PingBurst/2) == 0 {
-				wait(PingBurst / 2 / PingRate / 4) // Write is 60 s
-			}
-		}
-		if sent >= 100*PingBurst {
-			t.Errorf("%d were taken", sent)
+		}()
+		most := time.Duration(MaxControl/(headerSize+8)-ResetBurst) * time.Second / ResetRate
+		if took := time.Since(from); took < most-time.Second || took > most+time.Second {
+			t.Errorf("they went on for %v, want %v", took, most)
 		}
 	})
 }

@@ -199,6 +199,8 @@ func TestPaddingIsGivenBack(t *testing.T) {
 	if s := <-got; len(s) != 20000 {
 		t.Errorf("got %d bytes", len(s))
 	}
+	p.hear(1)
+	p.wantSettled()
 }
 
 func TestSmallAnswersPassALargeOne(t *testing.T) {
@@ -343,6 +345,7 @@ func TestInterruptEndsWaits(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	p.wantReset(1, http2.ErrCodeInternal)
+	p.wantSettled()
 }
 
 type watcher chan struct{}

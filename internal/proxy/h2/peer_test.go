@@ -385,6 +385,22 @@ type quiet struct{ testing.TB }
 func (quiet) Fatal(...any) { panic(cut{}) }
 func (quiet) Helper()      {}
 
+// wantSettled wants nothing to be left of the streams when the last one has ended:
+// every window was given back.
+func (p *peer) wantSettled() {
+	p.t.Helper()
+	c := p.srv.all()[0]
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(c.open) > 0 {
+		c.written.Wait()
+	}
+	if c.recvWindow+c.unacked != ConnWindow || c.reserved != 0 || c.answered != 0 || c.lasting != 0 || len(c.waiters) != 0 || len(c.held) != 0 {
+		p.t.Errorf("the window is %d and %d, %d bytes are reserved; %d answered, %d last, %d wait, %d are held",
+			c.recvWindow, c.unacked, c.reserved, c.answered, c.lasting, len(c.waiters), len(c.held))
+	}
+}
+
 // ok answers with 200 and no body, having read the request's.
 func ok(x message.Exchange) {
 	var b [512]byte

@@ -245,6 +245,7 @@ func TestBodiesEndAsAnnounced(t *testing.T) {
 		}
 		id += 2
 	}
+	p.wantSettled()
 }
 
 func TestLastByteWaitsForTheEnd(t *testing.T) {
@@ -299,6 +300,7 @@ func TestTrailersOfRequests(t *testing.T) {
 	p.ask(id, false, "x", "y") // without END_STREAM
 	<-got
 	p.wantReset(id, http2.ErrCodeProtocol)
+	p.wantSettled()
 }
 
 func TestBodyThatCameWithTheHeadIsOneView(t *testing.T) {

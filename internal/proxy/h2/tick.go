@@ -37,7 +37,7 @@ func (c *conn) tick() {
 		return false
 	}
 	switch {
-	case due(c.writeFrom, c.limits.Write), due(c.headSince, c.limits.Head):
+	case due(c.writeFrom, c.limits.Write), due(c.faultAt, c.limits.Linger), due(c.headSince, c.limits.Head):
 		c.die(errGone)
 		return
 	case due(c.pinged, c.limits.Head) && len(c.open) > 0:
