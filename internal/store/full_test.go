@@ -11,6 +11,37 @@ import (
 	"tako/internal/tako"
 )
 
+func TestDatabaseThatWasReplacedTakesNoChange(t *testing.T) {
+	dir := t.TempDir()
+	d := openIn(t, dir)
+	ok(t, d.SaveApp(t.Context(), blog()))
+	path, away := options(dir).Path, filepath.Join(dir, "away")
+	changes := map[string]func() error{
+		"save":   func() error { return d.SaveApp(t.Context(), App{ID: "shop", Release: "v1", Path: "/shop"}) },
+		"stop":   func() error { return d.SetStopped(t.Context(), "blog", true) },
+		"delete": func() error { _, err := d.DeleteApp(t.Context(), "blog"); return err },
+	}
+	ok(t, os.Rename(path, away))
+	for _, replaced := range []bool{false, true} {
+		if replaced {
+			text, err := os.ReadFile(away)
+			ok(t, err)
+			ok(t, os.WriteFile(path, text, 0o600))
+		}
+		for name, change := range changes {
+			if err := change(); err == nil {
+				t.Errorf("%s, replaced %v: it worked", name, replaced)
+			} else {
+				wantCode(t, err, tako.CodeFailed, "put it back, or restart")
+			}
+		}
+		wantApps(t, d, blog())
+	}
+	ok(t, os.Rename(away, path))
+	ok(t, changes["delete"]())
+	wantApps(t, d)
+}
+
 func bigApp() App {
 	a := App{ID: "big", Release: "v1", Path: "/big"}
 	for _, c := range "abcdefghijklmnopqrstuvwxyz" {

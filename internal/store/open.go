@@ -134,6 +134,9 @@ func (d *DB) open(ctx context.Context, all []migration) error {
 		_ = d.sql.Close() // the first error says more
 		return fmt.Errorf("open database %s: %w", path, err)
 	}
+	if d.file, err = os.Stat(path); err != nil {
+		return errors.Join(fmt.Errorf("open database: %w", err), d.sql.Close())
+	}
 	return nil
 }
 

@@ -53,7 +53,8 @@ type DB struct {
 	// conn is held for reading over each use of sql; TakeOver replaces it.
 	conn      sync.RWMutex
 	sql       *sql.DB
-	following bool // it is another process's to change
+	file      os.FileInfo // of the file that sql has open
+	following bool        // it is another process's to change
 }
 
 // Close ends the connection after the call under way. It may come twice.
@@ -80,6 +81,9 @@ func (d *DB) write(ctx context.Context, what string, spend bool, f func(tx *sql.
 	if d.following {
 		return fmt.Errorf("%s: %w", what, ErrFollowing)
 	}
+	if err := d.inPlace(what); err != nil {
+		return err
+	}
 	err := transact(ctx, d.sql, nil, f)
 	if spend && noSpace(err) && d.spendReserve() {
 		d.o.Log.Warn("gave up the reserve file to make room", "for", what, "error", err)
@@ -93,6 +97,17 @@ func (d *DB) write(ctx context.Context, what string, spend bool, f func(tx *sql.
 	}
 	d.makeReserve()
 	return nil
+}
+
+// inPlace refuses a change that would go to a file which no start finds again,
+// since somebody moved the database away or put another in its place.
+func (d *DB) inPlace(what string) error {
+	fi, err := os.Stat(d.o.Path)
+	if err == nil && os.SameFile(fi, d.file) {
+		return nil
+	}
+	return tako.Errorf(tako.CodeFailed,
+		"%s: %s was moved or replaced while it is in use; nothing was changed: put it back, or restart tako-master to use what is there now", what, d.o.Path)
 }
 
 // forgetTail empties the log, if the disk lets it: behind what is valid it may
