@@ -216,23 +216,19 @@ func (c *conn) tryRead(fd uintptr) bool {
 	b := Get(SmallBuffer)
 	for {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, fd, uintptr(unsafe.Pointer(&b.B[0])), uintptr(len(b.B)))
-		switch {
-		case errno == syscall.EINTR:
+		if errno == syscall.EINTR {
 			continue
-		case errno == 0 && n > 0:
+		}
+		if errno == 0 && n > 0 {
 			c.in, c.r, c.w, c.waitErr = b, 0, int(n), nil
 			return true
 		}
 		Put(b)
-		switch {
-		case errno == syscall.EAGAIN:
-			return false
-		case errno == 0:
-			c.waitErr = io.EOF
-		default:
+		c.waitErr = io.EOF
+		if errno != 0 {
 			c.waitErr = errno
 		}
-		return true
+		return errno != syscall.EAGAIN
 	}
 }
 

@@ -84,10 +84,7 @@ func (x *exchange) free() {
 		Put(x.body)
 		x.body = nil
 	}
-	if x.out != nil {
-		Put(x.out)
-		x.out = nil
-	}
+	x.leaveOut()
 	x.chunks.Reset()
 	exchanges.Put(x)
 }
@@ -95,14 +92,21 @@ func (x *exchange) free() {
 // takeOut returns the empty out, with room for n bytes.
 func (x *exchange) takeOut(n int) []byte {
 	if x.out != nil && cap(x.out.B) < n {
-		Put(x.out)
-		x.out = nil
+		x.leaveOut()
 	}
 	if x.out == nil {
 		x.out = Get(max(n, OutBuffer))
 		x.out.B = x.out.B[:0]
 	}
 	return x.out.B[:0]
+}
+
+// leaveOut gives out back, which is empty.
+func (x *exchange) leaveOut() {
+	if x.out != nil {
+		Put(x.out)
+		x.out = nil
+	}
 }
 
 // begin makes everything ready for the exchange of the head that was read.
@@ -447,6 +451,8 @@ func (c *conn) Write(p []byte) (int, error) {
 		return 0, errOrder
 	case len(p) == 0:
 		return 0, nil
+	case x.out == nil:
+		x.takeOut(0)
 	}
 	switch x.mode {
 	case noBody:
@@ -506,7 +512,7 @@ func (c *conn) put(p []byte) error {
 // flush sends what was kept back.
 func (c *conn) flush() error {
 	x := c.x
-	if len(x.out.B) == 0 {
+	if x.out == nil || len(x.out.B) == 0 {
 		return nil
 	}
 	err := c.write(x.out.B)
@@ -514,7 +520,7 @@ func (c *conn) flush() error {
 	return err
 }
 
-// Flush implements message.Exchange.
+// Flush implements message.Exchange. A stream keeps no memory for what it sends.
 func (c *conn) Flush() error {
 	x := c.x
 	switch {
@@ -523,7 +529,9 @@ func (c *conn) Flush() error {
 	case !x.begun || x.aborted:
 		return errOrder
 	}
-	x.err = c.flush()
+	if x.err = c.flush(); c.lasts.Load() { // it may be long till the next Write
+		x.leaveOut()
+	}
 	return x.err
 }
 
@@ -575,11 +583,11 @@ func (c *conn) End(trailer []message.Field) error {
 		x.aborted, x.err = true, errAnswerShort
 		return x.err
 	case x.mode == inChunks:
-		if size := sizeOf(trailer); cap(x.out.B)-len(x.out.B) < size {
+		if size := sizeOf(trailer); x.out == nil || cap(x.out.B)-len(x.out.B) < size {
 			if x.err = c.flush(); x.err != nil {
 				return x.err
 			}
-			x.out.B = x.takeOut(size)
+			x.takeOut(size)
 		}
 		x.out.B = AppendLastChunk(x.out.B, trailer)
 	}
@@ -640,6 +648,7 @@ func (c *conn) Tunnel() (message.Stream, error) {
 	if err := c.Flush(); err != nil {
 		return nil, err
 	}
+	x.leaveOut()
 	x.tunnel = true
 	c.phase.store(tunneling, c.srv.clock.Load())
 	return (*stream)(c), nil

@@ -285,10 +285,10 @@ func (r *RequestHead) reduceTarget() error {
 		return errConnect
 	}
 	t := r.Target
-	switch {
-	case t[0] == '/':
+	switch t[0] {
+	case '/':
 		return nil
-	case t[0] == '*':
+	case '*':
 		if len(t) > 1 || !r.IsMethod(http.MethodOptions) {
 			return errTarget
 		}

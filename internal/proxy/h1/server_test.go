@@ -65,9 +65,8 @@ func echo(x message.Exchange) {
 	r := x.Request()
 	body, err := io.ReadAll(reader{x})
 	if err != nil {
-		var e *message.Error
 		status := http.StatusBadRequest
-		if errors.As(err, &e) {
+		if e, ok := errors.AsType[*message.Error](err); ok {
 			status = e.Status
 		} else if errors.Is(err, os.ErrDeadlineExceeded) {
 			status = http.StatusRequestTimeout
@@ -105,7 +104,7 @@ func start(t testing.TB, network string, of *Server, secure *tls.Config) *server
 	t.Helper()
 	addr := "127.0.0.1:0"
 	if network == "unix" {
-		dir, err := os.MkdirTemp("", "h1")
+		dir, err := os.MkdirTemp("", "h1") //nolint:usetesting // a name of the test's would be too long for a socket
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -857,6 +856,27 @@ func TestAClientThatDoesNotReadIsCutOff(t *testing.T) {
 	})
 }
 
+func TestAStreamKeepsNoMemoryForWhatItSends(t *testing.T) {
+	s := serve(t, limits(), func(x message.Exchange) {
+		x.Lasts()
+		_ = x.Begin(&message.Response{Status: 200, Length: message.Unknown})
+		for range 3 {
+			_, _ = x.Write([]byte("event\n"))
+			_ = x.Flush()
+			if x.(*conn).x.out != nil {
+				t.Error("it has a buffer")
+			}
+		}
+		_ = x.End([]message.Field{field("X-T", "1")})
+	})
+	c := s.dial()
+	for range 2 {
+		if resp := c.send("GET / HTTP/1.1\r\nHost: h\r\n\r\n").want(200, "event\nevent\nevent\n"); resp.Trailer.Get("X-T") != "1" {
+			t.Errorf("%+v", resp)
+		}
+	}
+}
+
 type goneFunc func()
 
 func (f goneFunc) ClientGone() { f() }
@@ -1164,10 +1184,8 @@ func TestRequestsAgainstCloseIdle(t *testing.T) {
 						if upgrade {
 							asked = "GET / HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
 						}
-						_, err := io.WriteString(c, asked)
-						if err == nil {
-							_, err = io.WriteString(c, "hello")
-						}
+						_, _ = io.WriteString(c, asked) // an error shows in the answer
+						_, _ = io.WriteString(c, "hello")
 						b, rerr := c.br.Peek(1)
 						if len(b) == 0 { // it was not answered
 							if isTimeout(rerr) {
