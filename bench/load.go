@@ -44,7 +44,7 @@ const (
 // measured in between is the load alone.
 type load struct {
 	addr, host, path string
-	hosts            int // ask for one of so many hosts; 0: for host
+	hosts, from      int // ask for one of so many hosts, from this one on; 0: for host
 	conns, streams   int
 	secure, resume   bool
 	duration         time.Duration
@@ -66,6 +66,7 @@ func runLoad(args []string, in io.Reader, out io.Writer) error {
 	flags.StringVar(&l.host, "host", "", "the app's host")
 	flags.StringVar(&l.path, "path", "/", "/ or /big")
 	flags.IntVar(&l.hosts, "hosts", 0, "ask for one of so many hosts")
+	flags.IntVar(&l.from, "from", 0, "number of the first of them")
 	flags.IntVar(&l.conns, "conns", 64, "connections at once")
 	flags.IntVar(&l.streams, "streams", 8, "streams of each, for h2")
 	flags.BoolVar(&l.secure, "tls", false, "over TLS")
@@ -154,7 +155,7 @@ func (l *load) requests() [][]byte {
 	random := rand.New(rand.NewPCG(1, 2))
 	all := make([][]byte, 8192)
 	for i := range all {
-		all[i] = request(hostName(random.IntN(l.hosts)), l.path)
+		all[i] = request(hostName(l.from+random.IntN(l.hosts)), l.path)
 	}
 	return all
 }

@@ -66,13 +66,14 @@ func startTako(s *scene, title, self string, appCPUs []int) (*tako, error) {
 	fail := func(err error) (*tako, error) {
 		return nil, errors.Join(fmt.Errorf("%s: %w", title, err), t.stop())
 	}
-	if s.tcp, err = t.deploy(self, "tcp", "tcp", []string{hostTCP}, appCPUs); err != nil {
+	taker := filepath.Base(server.Dir)
+	if s.tcp, err = t.deploy(self, "tcp", []string{"tcp", "take", taker}, []string{hostTCP}, appCPUs); err != nil {
 		return fail(err)
 	}
-	if s.unix, err = t.deploy(self, "unix", "unix", []string{hostUnix}, appCPUs); err != nil {
+	if s.unix, err = t.deploy(self, "unix", []string{"unix"}, []string{hostUnix}, appCPUs); err != nil {
 		return fail(err)
 	}
-	if s.apps, err = t.deployHosts(self, s.hosts, appCPUs); err != nil {
+	if s.apps, err = t.deployHosts(self, taker, s.hosts, appCPUs); err != nil {
 		return fail(err)
 	}
 	if err := answers(t); err != nil {
@@ -98,7 +99,7 @@ func replace(server *takotest.Server, dir string) error {
 	return nil
 }
 
-func (t *tako) deployHosts(self string, hosts int, on []int) ([]place, error) {
+func (t *tako) deployHosts(self, taker string, hosts int, on []int) ([]place, error) {
 	apps := make([]place, (hosts+hostsPerApp-1)/hostsPerApp)
 	errs := make([]error, len(apps))
 	room := make(chan struct{}, deploying)
@@ -111,7 +112,7 @@ func (t *tako) deployHosts(self string, hosts int, on []int) ([]place, error) {
 			for n := i * hostsPerApp; n < min(hosts, (i+1)*hostsPerApp); n++ {
 				routes = append(routes, hostName(n))
 			}
-			apps[i], errs[i] = t.deploy(self, fmt.Sprintf("app%d", i), "tcp", routes, on)
+			apps[i], errs[i] = t.deploy(self, fmt.Sprintf("app%d", i), []string{"tcp", "give", taker}, routes, on)
 		})
 	}
 	wg.Wait()
@@ -119,10 +120,10 @@ func (t *tako) deployHosts(self string, hosts int, on []int) ([]place, error) {
 }
 
 // deploy deploys the app, puts it on its processors and returns where it listens.
-func (t *tako) deploy(self, name, listen string, routes []string, on []int) (at place, err error) {
+func (t *tako) deploy(self, name string, listen, routes []string, on []int) (at place, err error) {
 	release := filepath.Join(t.server.Data, "apps", name, "releases", "1")
 	settings := map[string]any{
-		"runtime": "go", "start": []string{self, "app", listen}, "https_redirect": false, "timeouts": map[string]any{"stability": 0.1},
+		"runtime": "go", "start": append([]string{self, "app"}, listen...), "https_redirect": false, "timeouts": map[string]any{"stability": 0.1},
 	}
 	if t.inFlight > 0 {
 		settings["limits"] = map[string]any{"in_flight": t.inFlight}

@@ -28,6 +28,7 @@ type workload struct {
 	load        []string // flags of the load
 	host        string
 	hosts       bool // with many hosts
+	oneApp      bool // which asks for those of one app alone
 	alone       bool // with one proxy alive at a time
 	idle        bool // measures memory alone
 	secure      bool
@@ -83,8 +84,13 @@ var workloads = []workload{
 		cpu: bar{1.0, 0.75}, rps: bar{0.9, 1.2},
 	},
 	{
-		name: "hosts", title: "HTTP/1.1 keep-alive over many hosts",
+		name: "hosts", title: "HTTP/1.1 keep-alive over many hosts of many apps",
 		load: []string{"-kind", "h1"}, host: hostTCP, hosts: true, conns: fixed(64),
+		cpu: bar{1.0, 0.65}, rps: bar{1.0, 1.4},
+	},
+	{
+		name: "hosts-one", title: "the same over the hosts of one app among them",
+		load: []string{"-kind", "h1"}, host: hostTCP, hosts: true, oneApp: true, conns: fixed(64),
 		cpu: bar{1.0, 0.65}, rps: bar{1.0, 1.4},
 	},
 	{
@@ -114,7 +120,10 @@ func (w *workload) args(o *options, t target) []string {
 	args := append([]string{
 		"load", "-addr", loopback(port), "-host", w.host, "-for", o.each.String(), "-conns", strconv.Itoa(w.conns(o)),
 	}, w.load...)
-	if w.hosts {
+	switch {
+	case w.oneApp: // in the middle, for those who look one after another
+		args = append(args, "-hosts", strconv.Itoa(min(hostsPerApp, o.hosts)), "-from", strconv.Itoa(o.hosts/2/hostsPerApp*hostsPerApp))
+	case w.hosts:
 		args = append(args, "-hosts", strconv.Itoa(o.hosts))
 	}
 	return args
