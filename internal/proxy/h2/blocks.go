@@ -107,7 +107,7 @@ const (
 
 var framesPool = sync.Pool{New: func() any { return &frames{b: make([]byte, 0, firstFrames)} }}
 
-func newFrames() *frames { return framesPool.Get().(*frames) } //nolint:errcheck,forcetypeassert // it has no others
+func newFrames() *frames { return framesPool.Get().(*frames) }
 
 func (f *frames) free() {
 	poison(f.b)

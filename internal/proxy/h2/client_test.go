@@ -51,7 +51,7 @@ func world(t testing.TB, h func(x message.Exchange)) (client *http.Client, url s
 			})
 		}
 	})
-	tr := &http2.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}} //nolint:gosec // its own server
+	tr := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, ForceAttemptHTTP2: true} //nolint:gosec // its own server
 	t.Cleanup(func() {
 		tr.CloseIdleConnections()
 		_ = l.Close()
@@ -92,7 +92,7 @@ func pump(x message.Exchange) {
 			}
 		}
 		if err != nil {
-			if err == io.EOF {
+			if errors.Is(err, io.EOF) {
 				_ = x.End(x.Trailer())
 			}
 			return
@@ -225,7 +225,7 @@ func TestSlowClientGetsItAll(t *testing.T) {
 		k, err := resp.Body.Read(b)
 		got += k
 		if err != nil {
-			if err != io.EOF {
+			if !errors.Is(err, io.EOF) {
 				t.Error(err)
 			}
 			break

@@ -94,17 +94,17 @@ type conn struct {
 	settled   bool // the first SETTINGS came
 	purse     purse
 	clock     func() time.Duration
-	held      []*stream // that wait for the end of what was read, to be answered
-	trailer   *stream   // whose trailer the block is
-	unwanted  *stream   // made for the block and not in open yet
+	trailer   *stream // whose trailer the block is
+	unwanted  *stream // made for the block and not in open yet
 
 	mu sync.Mutex // guards all below, and the streams
 
 	open     []*stream
-	lasting  int    // of them, those that last
-	answered int    // of them, those that count no more against the limit
-	last     uint32 // the highest id that came
-	acted    uint32 // the highest id that was not refused for a GOAWAY
+	held     []*stream // of them, those that wait for the end of what was read, to be answered
+	lasting  int       // of them, those that last
+	answered int       // of them, those that count no more against the limit
+	last     uint32    // the highest id that came
+	acted    uint32    // the highest id that was not refused for a GOAWAY
 	ended    [remembered]struct {
 		id  uint32
 		how ending
@@ -212,8 +212,8 @@ func (c *conn) serve() {
 		c.dropBlock()
 	}
 	c.releaseBig()
-	if c.srv.Log != nil && err != nil && !errors.Is(err, io.EOF) {
-		c.srv.Log.Debug("connection ended", "err", err)
+	if c.srv.Log != nil && !errors.Is(err, io.EOF) && !errors.Is(err, net.ErrClosed) {
+		c.srv.Log.Debug("connection ended", "client", c.client.Addr, "err", err)
 	}
 }
 
@@ -379,7 +379,7 @@ func (c *conn) takeBig() {
 	if c.big != nil {
 		return
 	}
-	c.big = readBuffers.Get().(*readBuffer) //nolint:errcheck,forcetypeassert // it has no others
+	c.big = readBuffers.Get().(*readBuffer)
 	c.w = copy(c.big[:], c.buf[c.r:c.w])
 	c.r = 0
 	c.buf = c.big[:]

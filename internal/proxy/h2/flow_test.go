@@ -359,7 +359,7 @@ func TestWatcherIsToldWhenTheClientGoes(t *testing.T) {
 		x.Watch(w)
 		watching <- w
 		<-w
-		if _, err := x.ReadBody(make([]byte, 1)); err == nil || err == io.EOF {
+		if _, err := x.ReadBody(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 			t.Errorf("ReadBody says %v", err)
 		}
 		late := make(watcher)

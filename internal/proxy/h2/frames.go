@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/http"
+	"slices"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -592,15 +593,16 @@ func (c *conn) endBody(s *stream) error {
 	s.readable.Signal()
 	if s.held { // all of it is here
 		s.held = false
-		for i, h := range c.held {
-			if h == s {
-				c.held = append(c.held[:i], c.held[i+1:]...)
-				break
-			}
-		}
+		c.unhold(s)
 		c.start(s)
 	}
 	return nil
+}
+
+func (c *conn) unhold(s *stream) {
+	if i := slices.Index(c.held, s); i >= 0 {
+		c.held = slices.Delete(c.held, i, i+1)
+	}
 }
 
 // credit gives n bytes back to the connection's window. The caller holds mu, and
@@ -617,9 +619,9 @@ func (c *conn) credit(n int) {
 // find returns the stream of that id that has not ended, or whose handler has
 // not. The caller holds mu.
 func (c *conn) find(id uint32) *stream {
-	for i := len(c.open) - 1; i >= 0; i-- {
-		if c.open[i].id == id {
-			return c.open[i]
+	for _, s := range slices.Backward(c.open) {
+		if s.id == id {
+			return s
 		}
 	}
 	return nil
@@ -644,12 +646,7 @@ func (c *conn) howEnded(id uint32) ending {
 func (c *conn) gone(s *stream, why error) {
 	s.stop(why)
 	if !s.working {
-		for i, h := range c.held {
-			if h == s {
-				c.held = append(c.held[:i], c.held[i+1:]...)
-				break
-			}
-		}
+		c.unhold(s)
 		c.remove(s, s.how)
 		return
 	}

@@ -2,6 +2,7 @@ package h2
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"net"
 	"strings"
@@ -50,7 +51,7 @@ func checked(t testing.TB) func(x message.Exchange) {
 			if err == nil {
 				continue
 			}
-			if err != io.EOF {
+			if !errors.Is(err, io.EOF) {
 				return
 			}
 			break
@@ -131,12 +132,11 @@ func FuzzServe(f *testing.F) {
 				fr.ReadMetaHeaders = hpack.NewDecoder(tableSize, nil)
 				for {
 					if _, err := fr.ReadFrame(); err != nil {
-						if _, bad := err.(http2.ConnectionError); bad {
+						if _, bad := errors.AsType[http2.ConnectionError](err); bad {
 							t.Errorf("the server said: %v", err)
 						}
-						if _, bad := err.(http2.StreamError); bad {
+						if _, bad := errors.AsType[http2.StreamError](err); bad {
 							t.Errorf("the server said: %v", err)
-							continue
 						}
 						break
 					}

@@ -2,6 +2,7 @@ package h2
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -131,7 +132,7 @@ func (p *peer) read() {
 		if _, err := io.ReadFull(p.nc, e.payload); err != nil {
 			return
 		}
-		switch e.kind {
+		switch e.kind { //nolint:exhaustive // the others stand for themselves
 		case http2.FrameHeaders:
 			head, block = e, e.payload
 		case http2.FrameContinuation:
@@ -406,7 +407,7 @@ func ok(x message.Exchange) {
 	var b [512]byte
 	for {
 		if _, err := x.ReadBody(b[:]); err != nil {
-			if err != io.EOF {
+			if !errors.Is(err, io.EOF) {
 				x.Abort()
 				return
 			}

@@ -228,8 +228,7 @@ func TestBodiesEndAsAnnounced(t *testing.T) {
 			p.data(id, i == len(c.body)-1, b)
 		}
 		a := p.hear(id)
-		switch {
-		case c.want == "!":
+		if c.want == "!" {
 			if !a.reset || a.code != http2.ErrCodeProtocol {
 				t.Errorf("%v: got %+v, want a reset", c, a)
 			}
@@ -238,10 +237,8 @@ func TestBodiesEndAsAnnounced(t *testing.T) {
 					t.Errorf("%v: the handler got %q as a whole body", c, s)
 				}
 			}
-		default:
-			if s := <-got; s != c.want || a.status != "200" {
-				t.Errorf("%v: got %q and %+v, want %q", c, s, a, c.want)
-			}
+		} else if s := <-got; s != c.want || a.status != "200" {
+			t.Errorf("%v: got %q and %+v, want %q", c, s, a, c.want)
 		}
 		id += 2
 	}
@@ -309,7 +306,7 @@ func TestBodyThatCameWithTheHeadIsOneView(t *testing.T) {
 		b, whole := x.Buffered()
 		s := fmt.Sprint(string(b), whole)
 		if whole {
-			if _, err := x.ReadBody(make([]byte, 1)); err != io.EOF {
+			if _, err := x.ReadBody(make([]byte, 1)); !errors.Is(err, io.EOF) {
 				t.Errorf("after it all, ReadBody says %v", err)
 			}
 		}

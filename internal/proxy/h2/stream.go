@@ -73,7 +73,7 @@ type stream struct {
 var streams = sync.Pool{New: func() any { return new(stream) }}
 
 func newStream(c *conn, id uint32) *stream {
-	s := streams.Get().(*stream) //nolint:errcheck,forcetypeassert // it has no others
+	s := streams.Get().(*stream)
 	s.c, s.id, s.lastAt, s.left, s.recvWindow = c, id, -1, message.Unknown, FirstWindow
 	s.head.reset(false)
 	s.readable.L, s.writable.L = &c.mu, &c.mu

@@ -58,10 +58,7 @@ func (c *conn) tick() {
 		c.out.b = append(c.out.b, alivePing...)
 		c.kick()
 	}
-	for i := len(c.open) - 1; i >= 0; i-- { // one that goes is replaced by the last
-		if i >= len(c.open) {
-			continue
-		}
+	for i := 0; i < len(c.open); i++ {
 		s := c.open[i]
 		if s.stopped != nil {
 			continue
@@ -72,6 +69,7 @@ func (c *conn) tick() {
 				s.how = byUs
 				c.gone(s, errGone)
 				c.kick()
+				i-- // another has its place now
 			}
 			continue
 		}

@@ -5,7 +5,6 @@ import (
 	"io"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/net/http2"
 
@@ -98,7 +97,7 @@ func TestTunnelEndsAsItsPeersDo(t *testing.T) {
 		switch <-end {
 		case "close":
 			_ = s.Close()
-			if _, err := s.Read(make([]byte, 1)); err == nil || err == io.EOF {
+			if _, err := s.Read(make([]byte, 1)); err == nil || errors.Is(err, io.EOF) {
 				t.Errorf("Read after Close says %v", err)
 			}
 			if _, err := s.Write([]byte("x")); err == nil {
@@ -163,7 +162,7 @@ func TestSilenceInATunnelIsNoFault(t *testing.T) {
 				}
 			}
 		}()
-		wait(3 * time.Duration(time.Hour/time.Second))
+		wait(3 * 3600)
 		p.data(1, false, "still here")
 		if e := <-got; string(e.payload) != "still here" {
 			t.Errorf("got %v", e)
