@@ -566,8 +566,8 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 			s.reloadEnded(err)
 			continue
 		}
-		program.Close()
 		quiet()
+		checked := time.Now()
 		ended := make(chan struct{}) // every command, also of a session before
 		go func() {
 			commands.Wait()
@@ -575,16 +575,21 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		}()
 		select {
 		case <-ctx.Done():
+			program.Close()
 			return false, nil
 		case <-ended:
 			idle()
 			background.Wait()
-			// Once more: the wait may have been long.
-			if program, err = s.preflight(ctx); err == nil {
+			if time.Since(checked) > PreflightFresh {
+				program.Close()
+				program, err = s.preflight(ctx)
+			}
+			if err == nil {
 				err = s.handOver(ctx, program, mgmt) // comes back only if it failed
 				program.Close()
 			}
 		case <-time.After(ReloadWait):
+			program.Close()
 			err = fmt.Errorf("commands still run after %s: %s", ReloadWait, s.busyApps())
 		}
 		if ctx.Err() != nil {

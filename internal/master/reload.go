@@ -40,6 +40,9 @@ const (
 	ReloadWait = 120 * time.Second
 	// PreflightTime bounds the new program's check of what it will find.
 	PreflightTime = 30 * time.Second
+	// PreflightFresh is how long a check holds: if commands had to be waited for
+	// longer, it is made once more.
+	PreflightFresh = time.Second
 	// DrainRequests and DrainStreams are an old proxy's limits.
 	DrainRequests = 30 * time.Second
 	DrainStreams  = 60 * time.Second
