@@ -5,11 +5,12 @@ import (
 	"net"
 	"net/netip"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+
+	"tako/internal/proxy/message"
 )
 
 // The limits of connections from clients. One more is closed as soon as it is
@@ -52,6 +53,7 @@ func openFiles() uint64 {
 type doorman struct {
 	most, perClient int
 	exempt          func(netip.Addr) bool // from perClient
+	announces       func() bool           // whether balancers say who a client is
 	log             hclog.Logger
 
 	mu       sync.Mutex
@@ -62,7 +64,7 @@ type doorman struct {
 }
 
 func newDoorman(most int, exempt func(netip.Addr) bool, log hclog.Logger) *doorman {
-	return &doorman{most: most, perClient: MaxPerClient, exempt: exempt, log: log, byClient: make(map[netip.Addr]int)}
+	return &doorman{most: most, perClient: MaxPerClient, exempt: exempt, announces: func() bool { return false }, log: log, byClient: make(map[netip.Addr]int)}
 }
 
 // clientKey is what stands for a client: not valid for a Unix socket.
@@ -133,6 +135,7 @@ func (s seat) leave() { s.door.leave(s.key, s.exempt) }
 type guarded struct {
 	net.Listener
 	door *doorman
+	head time.Duration // for the announcement, and again for what comes next
 }
 
 // Accept waits for the next connection that may come in.
@@ -143,7 +146,7 @@ func (g guarded) Accept() (net.Conn, error) {
 			return nil, err
 		}
 		if s, ok := g.door.admit(c.RemoteAddr()); ok {
-			return &guest{Conn: c, seat: s}, nil
+			return &guest{Conn: c, seat: s, door: g.door, head: g.head, new: true}, nil
 		}
 		_ = c.Close()
 	}
@@ -159,14 +162,53 @@ func addrOf(addr net.Addr) netip.Addr {
 // guest is a connection that is counted until it is closed.
 type guest struct {
 	net.Conn
-	seat seat
-	gone atomic.Bool
+	door   *doorman
+	head   time.Duration
+	new    bool            // nothing was read
+	client *message.Client // of net/http's goroutine for the connection
+
+	mu   sync.Mutex
+	seat seat // guarded by mu
+	gone bool // guarded by mu
+}
+
+// Read reads. The first one is of a goroutine that serves this connection alone:
+// it learns who the client is.
+func (g *guest) Read(b []byte) (int, error) {
+	if g.new {
+		g.new = false
+		if err := g.announced(); err != nil {
+			_ = g.Conn.Close()
+			return 0, err
+		}
+	}
+	return g.Conn.Read(b)
+}
+
+func (g *guest) announced() error {
+	client, err := g.door.announced(g.Conn, time.Now().Add(g.head))
+	if err != nil || !client.IsValid() {
+		return err
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.gone {
+		return net.ErrClosed
+	}
+	if g.seat, err = g.seat.pass(client); err != nil {
+		return err
+	}
+	g.client.Addr = client.Addr()
+	return g.SetReadDeadline(time.Now().Add(g.head)) // as net/http had set it
 }
 
 // Close ends the connection. It may come twice.
 func (g *guest) Close() error {
 	err := g.Conn.Close()
-	if g.gone.CompareAndSwap(false, true) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.gone {
+		g.gone = true
 		g.seat.leave()
 	}
 	return err

@@ -57,7 +57,7 @@ type own struct {
 	open atomic.Int64  // connections, those in a handshake included
 
 	mu       sync.Mutex
-	greeting map[net.Conn]bool // guarded by mu: in a handshake; nil once closed
+	greeting map[net.Conn]bool // guarded by mu: in an announcement or handshake; nil once closed
 }
 
 func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, log hclog.Logger) *own {
@@ -86,7 +86,7 @@ func (f *own) Serve(l net.Listener, secure bool) {
 		}
 		f.open.Add(1)
 		client := &message.Client{Addr: addrOf(c.RemoteAddr()), Secure: secure, Connection: f.last.Add(1)}
-		if secure {
+		if secure || f.door.announces() {
 			go f.greet(c, client, s)
 		} else {
 			go f.serve(c, client, s)
@@ -119,7 +119,7 @@ func (f *own) serve(c net.Conn, client *message.Client, s seat) {
 	f.h1.Serve(c, client)
 }
 
-// greet does the handshake of a connection.
+// greet learns who the client is and does the handshake, as far as there are such.
 func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 	f.mu.Lock()
 	ok := f.greeting != nil
@@ -127,28 +127,40 @@ func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 		f.greeting[c] = true
 	}
 	f.mu.Unlock()
-	var t *tls.Conn
 	if ok {
+		by := time.Now().Add(f.limits.Head)
+		announced, err := f.door.announced(c, by)
+		if err == nil && announced.IsValid() {
+			client.Addr = announced.Addr()
+			s, err = s.pass(announced)
+		}
+		if ok = err == nil; !ok {
+			f.log.Debug("connection refused", "peer", c.RemoteAddr(), "error", err)
+		}
+	}
+	served := c
+	if ok && client.Secure {
 		_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
-		t = tls.Server(c, f.tls)
+		t := tls.Server(c, f.tls)
 		err := t.Handshake()
 		_ = c.SetDeadline(time.Time{})
-		f.mu.Lock()
-		delete(f.greeting, c)
-		ok = err == nil && f.greeting != nil
-		f.mu.Unlock()
-		if err != nil {
+		served = t
+		if ok = err == nil; !ok {
 			f.log.Debug("no handshake", "client", client.Addr, "error", err)
 			notTLS(c, err)
 		}
 	}
+	f.mu.Lock()
+	delete(f.greeting, c)
+	ok = ok && f.greeting != nil
+	f.mu.Unlock()
 	if !ok {
 		_ = c.Close()
 		f.open.Add(-1)
 		s.leave()
 		return
 	}
-	go f.serve(t, client, s)
+	go f.serve(served, client, s)
 }
 
 // notTLS answers a client that speaks plain HTTP where TLS is wanted, in plain

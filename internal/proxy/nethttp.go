@@ -69,6 +69,13 @@ func newNetHTTP(h message.Handler, conf *tls.Config, door *doorman, limits messa
 func (f *netHTTP) began(ctx context.Context, nc net.Conn) context.Context {
 	_, secure := nc.(*tls.Conn)
 	c := &clientConn{Client: message.Client{Addr: addrOf(nc.RemoteAddr()), Secure: secure, Connection: f.last.Add(1)}}
+	inner := nc
+	if t, ok := nc.(*tls.Conn); ok {
+		inner = t.NetConn()
+	}
+	if g, ok := inner.(*guest); ok {
+		g.client = &c.Client
+	}
 	f.mu.Lock()
 	f.conns[nc] = c
 	f.mu.Unlock()
@@ -89,7 +96,7 @@ func (f *netHTTP) changed(nc net.Conn, s http.ConnState) {
 
 // Serve accepts.
 func (f *netHTTP) Serve(l net.Listener, secure bool) {
-	l = guarded{Listener: l, door: f.door}
+	l = guarded{Listener: l, door: f.door, head: f.limits.Head}
 	if secure {
 		l = tls.NewListener(l, f.tls)
 	}

@@ -56,6 +56,7 @@ type state struct {
 	routes     *route.Table[*app]
 	httpsPort  uint16
 	trusted    []netip.Prefix
+	announced  bool // by the PROXY protocol, who clients are
 	challenges map[string]string
 }
 
@@ -172,6 +173,7 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 	p.state.Store(&state{httpsPort: 443})
 	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
 	p.door = newDoorman(p.flights.most, p.isTrusted, log)
+	p.door.announces = func() bool { return p.state.Load().announced }
 	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, log)
 	return p
 }
@@ -295,7 +297,7 @@ func (p *process) settings(b *wire.ProxySettings) error {
 		return errors.New("settings without an HTTPS port")
 	}
 	st := *p.state.Load()
-	st.httpsPort, st.trusted = b.HTTPSPort, nil
+	st.httpsPort, st.trusted, st.announced = b.HTTPSPort, nil, b.ProxyProtocol
 	for _, s := range b.TrustedProxies {
 		prefix, err := netip.ParsePrefix(s)
 		if err != nil {
