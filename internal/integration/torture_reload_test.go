@@ -309,8 +309,11 @@ func TestReloadTakesLessThanHalfASecond(t *testing.T) {
 		settled(t, s)
 	}
 	slices.Sort(took)
-	row(t, fmt.Sprintf("%d reloads of an idle server", reloads), 0, 0, fmt.Sprintf("took %s, at most %s", took[reloads/2].Round(time.Millisecond), took[reloads-1].Round(time.Millisecond)))
-	if soaking() && took[reloads/2] > 500*time.Millisecond {
-		t.Errorf("half of the reloads took %s or longer, more than 0.5 s", took[reloads/2])
+	// A reload is six starts of programs.
+	start := programStart(t, s)
+	row(t, fmt.Sprintf("%d reloads of an idle server", reloads), 0, 0, fmt.Sprintf("took %s, at most %s; to start a program took %s",
+		took[reloads/2].Round(time.Millisecond), took[reloads-1].Round(time.Millisecond), start.Round(time.Millisecond)))
+	if limit := 500*time.Millisecond + 6*start; soaking() && took[reloads/2] > limit {
+		t.Errorf("half of the reloads took %s or longer, more than %s", took[reloads/2], limit)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -129,6 +130,22 @@ func good(t *testing.T, s *takotest.Server, what string) {
 	if r := reload(t, s); r.LastError != "" {
 		t.Fatalf("%s: %s", what, r.LastError)
 	}
+}
+
+// programStart is how long it takes to start one of the programs. Where that is long
+// by itself the machine is busy, and what starts programs may take long too.
+func programStart(t *testing.T, s *takotest.Server) time.Duration {
+	t.Helper()
+	var took []time.Duration
+	for range 9 {
+		began := time.Now()
+		if out, err := exec.CommandContext(t.Context(), s.Program("tako-master"), "--version").CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		took = append(took, time.Since(began))
+	}
+	slices.Sort(took)
+	return took[len(took)/2]
 }
 
 // gone waits until a process has ended; a zombie has.
