@@ -104,6 +104,7 @@ type server struct {
 	upgrading    atomic.Bool
 	stopping     chan struct{} // closed when the server begins to stop
 	restored     chan struct{} // closed when every app has been looked at
+	renewed      chan struct{} // closed when no child of another version is left to replace
 	reload       reloading
 	reloadWanted chan struct{}      // has room for one
 	waiting      chan *net.UnixConn // management connections between two sessions
@@ -156,7 +157,7 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 	}
 	s := &server{
 		hup: hup, log: log, version: version, startedAt: time.Now(),
-		stopping: make(chan struct{}), restored: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
+		stopping: make(chan struct{}), restored: make(chan struct{}), renewed: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
 		waiting: make(chan *net.UnixConn, 2*management.MaxConnections),
 		owned:   make(chan struct{}), looking: make(chan struct{}, 1),
 		agentUp: make(chan struct{}), agentCame: make(chan struct{}), proxyUp: make(chan struct{}),
@@ -462,6 +463,9 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 		s.endLeftovers(LeftoverWait, s.instances)
 		s.goOn()
 		s.restore(ctx, s.survived.rest)
+	})
+	rest.Go(func() {
+		defer close(s.renewed)
 		s.renewSurvivors(ctx)
 	})
 	rest.Go(func() {

@@ -830,7 +830,7 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 	s.log.Info("reloading")
 	s.notify(reloadingState())
 	late := time.After(ReloadWait)
-	for _, wait := range []<-chan struct{}{s.restored, s.proxyUp} {
+	for _, wait := range []<-chan struct{}{s.restored, s.proxyUp, s.renewed} {
 		select {
 		case <-wait:
 		case <-late:

@@ -713,10 +713,15 @@ func (s *server) tellOn(l *proxyLink) {
 // renewSurvivors replaces an agent of another version, as a reload does, and gives
 // up ports that the settings no longer name.
 func (s *server) renewSurvivors(ctx context.Context) {
-	select {
-	case <-s.proxyUp:
-	case <-ctx.Done():
+	if !s.survived.any {
 		return
+	}
+	for _, wait := range []<-chan struct{}{s.restored, s.proxyUp} {
+		select {
+		case <-wait:
+		case <-ctx.Done():
+			return
+		}
 	}
 	for _, fd := range s.givenUp {
 		fd.Close()
