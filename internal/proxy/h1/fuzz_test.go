@@ -309,3 +309,62 @@ func TestHeadsAreParsedWithoutMemory(t *testing.T) {
 		t.Error("nothing was parsed")
 	}
 }
+
+// What a server takes for requests in a row of bytes, net/http does, too.
+func FuzzServer(f *testing.F) {
+	const get, post = "GET /a HTTP/1.1\r\nHost: h\r\n\r\n", "POST /b HTTP/1.1\r\nHost: h\r\n"
+	for _, s := range []string{
+		get + get, get + "\r\n" + get, post + "Content-Length: 5\r\n\r\nhello" + get,
+		post + "Transfer-Encoding: chunked\r\n\r\n5;x\r\nhello\r\n0\r\nX: 1\r\n\r\n" + get,
+		post + "Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + get,
+		post + "Content-Length: 5\r\nContent-Length: 0\r\n\r\n" + get, "GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + get,
+		post + "Expect: 100-continue\r\nContent-Length: 2\r\n\r\nab" + get,
+	} {
+		f.Add([]byte(s), uint16(7))
+	}
+	var seen []string
+	s := serveOn(f, "unix", limits(), nil, handlerFunc(func(x message.Exchange) {
+		r := x.Request()
+		body, err := io.ReadAll(reader{x})
+		if err != nil {
+			_ = say(x, http.StatusBadRequest, "")
+			return
+		}
+		seen = append(seen, string(r.Method)+" "+string(r.Target)+" "+string(body))
+		_ = say(x, http.StatusOK, "")
+	}))
+	f.Fuzz(func(t *testing.T, raw []byte, cut uint16) {
+		if len(raw) > 8<<10 {
+			return
+		}
+		seen = nil
+		c := (&server{Server: s.Server, t: t, l: s.l}).dial()
+		defer c.Close()
+		for left, n := raw, 1+max(int(cut), len(raw)/8); len(left) > 0; left = left[min(n, len(left)):] {
+			if _, err := c.Write(left[:min(n, len(left))]); err != nil {
+				break // it has been refused
+			}
+		}
+		_ = closeWrite(c.Conn)
+		_, _ = io.Copy(io.Discard, c) // a reset, too, is an end
+		until(t, "the connection has ended", func() bool { return s.open.Load() == 0 })
+
+		br := bufio.NewReader(bytes.NewReader(raw))
+		for i, own := range seen {
+			if b, _ := br.Peek(2); string(b) == "\r\n" {
+				_, _ = br.Discard(2)
+			}
+			req, err := http.ReadRequest(br)
+			if err != nil {
+				if _, is := errors.AsType[*url.Error](err); is || strings.Contains(err.Error(), "bad trailer key") {
+					return // as in FuzzRequestHead
+				}
+				t.Fatalf("%q: %q is no request for net/http: %v", raw, own, err)
+			}
+			body, err := io.ReadAll(req.Body)
+			if want := req.Method + " " + req.RequestURI + " " + string(body); err != nil || own != want && req.URL.Host == "" {
+				t.Fatalf("%q: request %d is %q, for net/http %q, %v", raw, i, own, want, err)
+			}
+		}
+	})
+}
