@@ -394,7 +394,7 @@ func (c *conn) block() error {
 	switch {
 	case s != nil:
 		return c.begin(s)
-	case t == nil || t.stopped != nil:
+	case t == nil || c.find(c.blockID) != t || t.stopped != nil || t.silent: // t may be another's by now
 		return nil
 	case t.trailer.wrong != "" || t.trailer.long || !c.blockEnds:
 		return c.breach(t, t.id, http2.ErrCodeProtocol)

@@ -300,6 +300,26 @@ func TestTrailersOfRequests(t *testing.T) {
 	p.wantSettled()
 }
 
+func TestTrailerOfAStreamThatHasEndedMeanwhile(t *testing.T) {
+	end := make(chan struct{})
+	p := serve(t, func(x message.Exchange) {
+		<-end
+		respond(x, "enough")
+	})
+	for id := uint32(1); id < 20; id += 2 {
+		p.ask(id, false, base("POST", "/")...)
+		block := p.encode("x", "y", "z", "w")
+		p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, id, block[:3]...)
+		end <- struct{}{}
+		p.hear(id)
+		p.await(http2.FrameRSTStream, id)
+		p.wantSettled()
+		p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, id, block[3:]...)
+	}
+	go func() { end <- struct{}{} }()
+	p.wantOK(21)
+}
+
 func TestBodyThatCameWithTheHeadIsOneView(t *testing.T) {
 	got := make(chan string, 1)
 	srv := &Server{Handler: handlerFunc(func(x message.Exchange) {
