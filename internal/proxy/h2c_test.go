@@ -46,7 +46,7 @@ func TestGRPCPassesThrough(t *testing.T) {
 			_, _ = w.Write(b[:n])
 			_ = rc.Flush()
 			if err != nil {
-				w.Header().Set("Grpc-Status", fmt.Sprintf("%s %s %v", r.Proto, r.Header.Get("Te"), err == io.EOF)) //nolint:errorlint // readers return it bare
+				w.Header().Set("Grpc-Status", fmt.Sprintf("%s %s %v", r.Proto, r.Header.Get("Te"), err == io.EOF))
 				return
 			}
 		}

@@ -175,7 +175,7 @@ func readV2(r io.Reader) (netip.AddrPort, error) {
 
 // parseV2 parses addresses and extensions of version 2.
 func parseV2(family byte, b []byte) (netip.AddrPort, error) {
-	size, addresses := 0, 0 // of one address, and of all with their ports
+	var size, addresses int // of one address, and of all with their ports
 	switch family {
 	case famUnspec:
 		return netip.AddrPort{}, nil

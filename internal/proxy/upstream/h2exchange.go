@@ -180,7 +180,7 @@ func (x *h2exchange) read(p []byte) (int, error) {
 	if n > 0 || err == nil {
 		return n, nil // an error will come again
 	}
-	if err != io.EOF { //nolint:errorlint // readers return it bare
+	if err != io.EOF {
 		return 0, x.in.broken(x.because(err))
 	}
 	for _, f := range fieldsOf(x.resp.Trailer) {

@@ -147,11 +147,11 @@ func (in *Incoming) read(p []byte) (int, error) {
 	for {
 		n, err := in.l.Read(p)
 		if n == 0 && err != nil {
-			if err == io.EOF && in.how == bodyUntilClose { // the connection returns it bare
+			if err == io.EOF && in.how == bodyUntilClose { //nolint:errorlint // connections return it bare
 				in.over = true
 				return 0, nil
 			}
-			if err == io.EOF {
+			if err == io.EOF { //nolint:errorlint // as above
 				err = errCutOff
 			}
 			return 0, err

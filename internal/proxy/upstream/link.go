@@ -141,8 +141,8 @@ func quiet(fd int) bool {
 	var b [1]byte
 	for {
 		_, _, err := syscall.Recvfrom(fd, b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		if err != syscall.EINTR { //nolint:errorlint // an Errno
-			return err == syscall.EAGAIN //nolint:errorlint // an Errno
+		if err != syscall.EINTR {
+			return err == syscall.EAGAIN
 		}
 	}
 }

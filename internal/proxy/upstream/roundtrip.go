@@ -87,7 +87,7 @@ func (in *Incoming) send(b []byte, buf *[]byte, now time.Time, look bool) error 
 		if rest, whole = r.buffered(); whole && len(rest) <= smallBody {
 			b, err = r.appendBody(b, rest)
 			rest = nil
-		} else if whole {
+		} else if whole && r.Length != int64(len(rest)) {
 			rest, err = r.appendBody(nil, rest)
 		}
 		if err != nil {
@@ -122,7 +122,7 @@ func reading(err error) error {
 	if err == nil || err == errStale { //nolint:errorlint // it is ours
 		return err
 	}
-	if err == io.EOF { // the connection returns it bare
+	if err == io.EOF { //nolint:errorlint // connections return it bare
 		err = io.ErrUnexpectedEOF
 	}
 	return fmt.Errorf("read the answer: %w", err)

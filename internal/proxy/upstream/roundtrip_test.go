@@ -39,6 +39,7 @@ func (b *content) ReadBody(p []byte) (int, error) {
 	b.read.Add(int64(n))
 	return n, err
 }
+
 func (b *content) Buffered() ([]byte, bool) {
 	if b.given {
 		return nil, b.whole != nil
@@ -46,7 +47,9 @@ func (b *content) Buffered() ([]byte, bool) {
 	b.given = true
 	return b.whole, b.whole != nil
 }
+
 func (b *content) Trailer() []message.Field { return b.trailer }
+
 func (b *content) StopBody() {
 	if b.stop != nil {
 		b.stop()
@@ -637,7 +640,7 @@ func TestAnswersReadTheSameHoweverTheyAreCut(t *testing.T) {
 
 func TestUploadThatIsAnsweredBeforeItIsRead(t *testing.T) {
 	p, _ := listening(t, func(_ int, c net.Conn, br *bufio.Reader) {
-		_, _ = http.ReadRequest(br) //nolint:bodyclose // it is not read
+		_, _ = http.ReadRequest(br)
 		_, _ = br.ReadByte()
 		_, _ = io.WriteString(c, "HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
 		_, _ = io.Copy(io.Discard, br)
@@ -1001,6 +1004,38 @@ func TestShortWriteGoesOn(t *testing.T) {
 	}
 }
 
+// What comes while the request is still being written must wake its reader.
+func TestAnswerThatIsThereBeforeTheRequestIsRead(t *testing.T) {
+	for _, network := range []string{"unix", "tcp"} {
+		p, conns := listeningOn(t, network, func(_ int, c net.Conn, _ *bufio.Reader) {
+			b := make([]byte, 4096)
+			for {
+				if _, err := c.Read(b[:1]); err != nil {
+					return
+				}
+				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+				for n := 1; !bytes.HasSuffix(b[:n], []byte("\r\n\r\n")); n++ {
+					if n == len(b) {
+						n = copy(b, b[n-3:])
+					}
+					if _, err := c.Read(b[n : n+1]); err != nil {
+						return
+					}
+				}
+			}
+		})
+		r := browser()
+		for range 300 {
+			if _, body, err := ask(t, p, r); body != "ok" || err != nil {
+				t.Fatalf("%s: %q, %v", network, body, err)
+			}
+		}
+		if conns.Load() != 1 {
+			t.Errorf("%s: %d connections", network, conns.Load())
+		}
+	}
+}
+
 func TestNoAnswerIsAnothersUnderLoad(t *testing.T) {
 	for _, network := range []string{"unix", "tcp"} {
 		p, _ := listeningOn(t, network, func(_ int, c net.Conn, br *bufio.Reader) {
@@ -1079,7 +1114,7 @@ func TestInstanceThatDoesNotReadTimesOut(t *testing.T) {
 		for _, r := range []*Outgoing{outgoing("GET"), with(outgoing("POST"), streamed("abc"), 3)} {
 			p := piped(func(c net.Conn) {
 				if r.Body != nil {
-					_, _ = http.ReadRequest(bufio.NewReaderSize(c, 16)) //nolint:bodyclose // it is not read
+					_, _ = http.ReadRequest(bufio.NewReaderSize(c, 16))
 				}
 			})
 			began := time.Now()

@@ -143,7 +143,7 @@ func (s *sender) run() {
 	var armed time.Time
 	for {
 		n, err := s.r.Body.ReadBody(room)
-		last := err == io.EOF // the body returns it bare
+		last := err == io.EOF //nolint:errorlint // the body returns it bare
 		if err != nil && !last {
 			s.spoil(&BodyError{Err: err})
 			return
