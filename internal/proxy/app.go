@@ -27,7 +27,7 @@ const (
 // The limits of the queue of an app whose instances all have as many requests as
 // they may.
 const (
-	MaxQueued = 1024
+	MaxQueued = 6000 // so that 5,000 busy connections to one app of one instance are no trouble
 	QueueTime = 10 * time.Second
 )
 

@@ -25,7 +25,7 @@ import (
 func TestWaitsHaveTheirDefaults(t *testing.T) {
 	a := newApp("blog", newOutbox(nil))
 	a.change(&wire.App{App: "blog"}, false, nil)
-	if c := a.conf.Load(); c.MaxInFlight != 256 || c.Queue != (wire.Queue{Waiters: 100, WaitMS: 30_000}) || MaxQueued != 1024 || QueueTime != 10*time.Second {
+	if c := a.conf.Load(); c.MaxInFlight != 256 || c.Queue != (wire.Queue{Waiters: 100, WaitMS: 30_000}) || MaxQueued != 6000 || QueueTime != 10*time.Second {
 		t.Errorf("got %+v", c)
 	}
 }
