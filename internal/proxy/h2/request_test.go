@@ -309,12 +309,12 @@ func TestTrailerOfAStreamThatHasEndedMeanwhile(t *testing.T) {
 	for id := uint32(1); id < 20; id += 2 {
 		p.ask(id, false, base("POST", "/")...)
 		block := p.encode("x", "y", "z", "w")
-		p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, id, block[:3]...)
+		p.frame(http2.FrameHeaders, http2.FlagHeadersEndStream, id, block[:1]...)
 		end <- struct{}{}
 		p.hear(id)
 		p.await(http2.FrameRSTStream, id)
 		p.wantSettled()
-		p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, id, block[3:]...)
+		p.frame(http2.FrameContinuation, http2.FlagContinuationEndHeaders, id, block[1:]...)
 	}
 	go func() { end <- struct{}{} }()
 	p.wantOK(21)
