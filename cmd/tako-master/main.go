@@ -22,13 +22,17 @@ func main() {
 	// process was here before, or ends the process.
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	status := run(ctx, os.Args[1:], hup)
-	stop()
-	os.Exit(status)
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		<-stop
+		cancel()
+	}()
+	os.Exit(run(ctx, os.Args[1:], master.Signals{Reload: hup, Stop: stop}))
 }
 
-func run(ctx context.Context, args []string, hup chan os.Signal) int {
+func run(ctx context.Context, args []string, signals master.Signals) int {
 	var c master.Config
 	flags := master.NewFlags(&c)
 	flags.Usage = func() { fmt.Fprint(os.Stdout, master.Usage+flags.FlagUsages()) }
@@ -70,7 +74,7 @@ func run(ctx context.Context, args []string, hup chan os.Signal) int {
 		return fail(wire.ExitUsage, err)
 	}
 	signal.Ignore(syscall.SIGPIPE)
-	if err := master.Run(ctx, c, version.Version, hup, log); err != nil {
+	if err := master.Run(ctx, c, version.Version, signals, log); err != nil {
 		return fail(wire.ExitFailed, err)
 	}
 	return wire.ExitDone

@@ -12,8 +12,9 @@
 //
 // A signal that arrives between execve and the first signal.Notify would end a Go
 // program, and a blocked one is unblocked too early by the runtime: being ignored
-// is what survives, so Exec ignores SIGHUP. What the state says, and which
-// descriptors it names, is the caller's matter.
+// is what survives, so Exec ignores SIGHUP. A wish to stop must not be ignored: in
+// that moment SIGTERM ends the program, as it would without a handler. What the
+// state says, and which descriptors it names, is the caller's matter.
 package handoff
 
 import (
@@ -140,8 +141,10 @@ func Take(fd ipc.FD) error {
 }
 
 // Exec becomes the program behind the descriptor, with the state and the
-// descriptors in keep. It returns only if that fails, with everything as before.
-func Exec(program ipc.FD, argv []string, state ipc.FD, keep []ipc.FD) error {
+// descriptors in keep. It returns only if that fails, or if last, which it calls
+// as the last thing before, returns an error. Everything is as before then, but
+// that SIGHUP is ignored.
+func Exec(program ipc.FD, argv []string, state ipc.FD, keep []ipc.FD, last func() error) error {
 	env := make([]string, 0, len(os.Environ())+1)
 	for _, e := range os.Environ() {
 		if !strings.HasPrefix(e, Env+"=") {
@@ -163,7 +166,10 @@ func Exec(program ipc.FD, argv []string, state ipc.FD, keep []ipc.FD) error {
 		}
 	}
 	signal.Ignore(syscall.SIGHUP)
-	err := syscall.Exec("/proc/self/fd/"+strconv.Itoa(int(program)), argv, env)
+	err := last()
+	if err == nil {
+		err = syscall.Exec("/proc/self/fd/"+strconv.Itoa(int(program)), argv, env)
+	}
 	for _, fd := range kept {
 		unix.CloseOnExec(int(fd))
 	}

@@ -54,7 +54,7 @@ func TestMain(m *testing.M) {
 		self, _ := unix.Open("/proc/self/exe", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 		var fd ipc.FD
 		if fd, err = handoff.Save(st); err == nil {
-			err = handoff.Exec(ipc.FD(self), os.Args, fd, []ipc.FD{st.Pipe})
+			err = handoff.Exec(ipc.FD(self), os.Args, fd, []ipc.FD{st.Pipe}, func() error { return nil })
 		}
 	}
 	text := "done"
@@ -104,7 +104,7 @@ func TestAFailedExecChangesNothing(t *testing.T) {
 	}
 	defer fd.Close()
 	kept := ipc.FD(null.Fd())
-	if err := handoff.Exec(kept, os.Args, fd, []ipc.FD{kept}); err == nil || !strings.Contains(err.Error(), "execute the new image") {
+	if err := handoff.Exec(kept, os.Args, fd, []ipc.FD{kept}, func() error { return nil }); err == nil || !strings.Contains(err.Error(), "execute the new image") {
 		t.Fatalf("error %v", err)
 	}
 	for _, f := range []ipc.FD{fd, kept} {
@@ -112,7 +112,7 @@ func TestAFailedExecChangesNothing(t *testing.T) {
 			t.Errorf("descriptor %d would leak into children (flags %d, %v)", f, flags, err)
 		}
 	}
-	if err := handoff.Exec(kept, os.Args, fd, []ipc.FD{9999}); err == nil || !strings.Contains(err.Error(), "keep descriptor 9999") {
+	if err := handoff.Exec(kept, os.Args, fd, []ipc.FD{9999}, func() error { return nil }); err == nil || !strings.Contains(err.Error(), "keep descriptor 9999") {
 		t.Errorf("a closed descriptor: error %v", err)
 	}
 }

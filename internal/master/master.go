@@ -92,7 +92,7 @@ type server struct {
 	agentGeneration atomic.Uint64
 	proxyGeneration atomic.Uint64
 
-	hup       chan os.Signal
+	signals   Signals
 	selfPath  string   // of the installed tako-master
 	lock      *os.File // of the data root
 	mgmtOwn   bool     // the management socket's path is ours to take away
@@ -136,11 +136,15 @@ type server struct {
 	claims map[tako.AppID][]route.Pattern // of deploys under way
 }
 
+// Signals are the channels that main has registered: Reload for SIGHUP; Stop, from
+// which it takes what ends ctx, for SIGTERM and SIGINT.
+type Signals struct{ Reload, Stop chan os.Signal }
+
 // Run runs a server until ctx ends, and stops it in order. c has been validated.
-// Each signal from hup is a wish to reload: this image then becomes the installed
-// one, and Run of that goes on. An error means that it could not start, or that
+// Each signal from signals.Reload is a wish to reload: this image then becomes the
+// installed one, and Run of that goes on. An error means that it could not start, or that
 // something is left running.
-func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log hclog.Logger) (err error) {
+func Run(ctx context.Context, c Config, version string, signals Signals, log hclog.Logger) (err error) {
 	var st *state
 	handed := &state{}
 	resumed, err := handoff.Load(handed)
@@ -148,6 +152,10 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 		return err
 	}
 	if resumed {
+		// It was executed by a descriptor, whose number is its name now.
+		if err := os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0); err != nil {
+			log.Debug("the process has no name", logging.Err, err)
+		}
 		st = handed
 		for _, fd := range st.fds() {
 			if err := handoff.Take(fd); err != nil {
@@ -156,7 +164,7 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 		}
 	}
 	s := &server{
-		hup: hup, log: log, version: version, startedAt: time.Now(),
+		signals: signals, log: log, version: version, startedAt: time.Now(),
 		stopping: make(chan struct{}), restored: make(chan struct{}), renewed: make(chan struct{}), reloadWanted: make(chan struct{}, 1),
 		waiting: make(chan *net.UnixConn, 2*management.MaxConnections),
 		owned:   make(chan struct{}), looking: make(chan struct{}, 1),
@@ -186,7 +194,7 @@ func Run(ctx context.Context, c Config, version string, hup chan os.Signal, log 
 		return s.goBack(st, err)
 	}
 	go func() {
-		for range hup {
+		for range signals.Reload {
 			s.wantReload()
 		}
 	}()
@@ -206,7 +214,7 @@ func (s *server) goBack(st *state, why error) error {
 	}
 	fd, err := handoff.Save(st)
 	if err == nil {
-		err = handoff.Exec(st.Program, os.Args, fd, st.fds())
+		err = handoff.Exec(st.Program, os.Args, fd, st.fds(), func() error { return nil })
 	}
 	return errors.Join(why, err)
 }

@@ -485,8 +485,15 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 		err = ctx.Err() // the last look: a wish to stop is not to be lost in the next image
 	}
 	if err == nil {
-		err = handoff.Exec(program, os.Args, fd, st.fds())
-		signal.Notify(s.hup, syscall.SIGHUP)
+		err = handoff.Exec(program, os.Args, fd, st.fds(), func() error {
+			// From here on a wish to stop ends us where we stand, and everything with us in
+			// order: what came before it is known in a moment.
+			signal.Stop(s.signals.Stop)
+			time.Sleep(time.Millisecond)
+			return ctx.Err()
+		})
+		signal.Notify(s.signals.Reload, syscall.SIGHUP)
+		signal.Notify(s.signals.Stop, syscall.SIGTERM, syscall.SIGINT)
 	}
 	fd.Close()
 	return errors.Join(err, s.openStore(context.Background()))

@@ -18,16 +18,21 @@ import (
 func main() {
 	hup := make(chan os.Signal, 1)
 	signal.Notify(hup, syscall.SIGHUP)
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
-	err := run(ctx, hup)
-	stop()
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() {
+		<-stop
+		cancel()
+	}()
+	err := run(ctx, master.Signals{Reload: hup, Stop: stop})
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "noway: %v\n", err)
 		os.Exit(1)
 	}
 }
 
-func run(ctx context.Context, hup chan os.Signal) error {
+func run(ctx context.Context, signals master.Signals) error {
 	var c master.Config
 	flags := master.NewFlags(&c)
 	if err := errors.Join(flags.Parse(os.Args[1:]), master.LoadSettings(flags, &c), c.Validate()); err != nil {
@@ -47,5 +52,5 @@ func run(ctx context.Context, hup chan os.Signal) error {
 	if err != nil {
 		return err
 	}
-	return master.Run(ctx, c, "noway", hup, log)
+	return master.Run(ctx, c, "noway", signals, log)
 }
