@@ -9,6 +9,10 @@
 // an answer that was cut never looks whole; and that a drain loses no connection
 // that was accepted and no request that was begun, within its limits.
 //
+// Packages h1 and h2 speak with clients and hand each request to the handler as a
+// message.Exchange; package upstream speaks with instances; here are the routes,
+// the queues, who is believed, and the drain.
+//
 // It leaves to tako-master which instances there are, when they are to start and
 // whether they are well, and the private keys: handshakes are signed over the
 // signing socket. Connections to instances on TCP are made by tako-agent.
