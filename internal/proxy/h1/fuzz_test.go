@@ -10,6 +10,7 @@ import (
 	"net/textproto"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
 
 	"tako/internal/proxy/message"
@@ -322,7 +323,8 @@ func FuzzServer(f *testing.F) {
 	} {
 		f.Add([]byte(s), uint16(7))
 	}
-	var seen []string
+	var mu sync.Mutex
+	var seen []string // guarded by mu
 	s := serveOn(f, "unix", limits(), nil, handlerFunc(func(x message.Exchange) {
 		r := x.Request()
 		body, err := io.ReadAll(reader{x})
@@ -330,14 +332,18 @@ func FuzzServer(f *testing.F) {
 			_ = say(x, http.StatusBadRequest, "")
 			return
 		}
+		mu.Lock()
 		seen = append(seen, string(r.Method)+" "+string(r.Target)+" "+string(body))
+		mu.Unlock()
 		_ = say(x, http.StatusOK, "")
 	}))
 	f.Fuzz(func(t *testing.T, raw []byte, cut uint16) {
 		if len(raw) > 8<<10 {
 			return
 		}
+		mu.Lock()
 		seen = nil
+		mu.Unlock()
 		c := (&server{Server: s.Server, t: t, l: s.l}).dial()
 		defer c.Close()
 		for left, n := raw, 1+max(int(cut), len(raw)/8); len(left) > 0; left = left[min(n, len(left)):] {
@@ -349,6 +355,8 @@ func FuzzServer(f *testing.F) {
 		_, _ = io.Copy(io.Discard, c) // a reset, too, is an end
 		until(t, "the connection has ended", func() bool { return s.open.Load() == 0 })
 
+		mu.Lock()
+		defer mu.Unlock()
 		br := bufio.NewReader(bytes.NewReader(raw))
 		for i, own := range seen {
 			if b, _ := br.Peek(2); string(b) == "\r\n" {

@@ -745,6 +745,59 @@ func TestABodyIsSpliced(t *testing.T) {
 	})
 }
 
+func TestASpliceWaitsForASlowAppButNotForAClientThatDoesNotRead(t *testing.T) {
+	l := limits()
+	l.Write = 50 * time.Millisecond
+	app, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer app.Close()
+	spliced := make(chan error, 1)
+	s := serve(t, l, func(x message.Exchange) {
+		src, err := net.Dial("tcp", app.Addr().String())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer src.Close()
+		length := int64(10)
+		if string(x.Request().Target) == "/endless" {
+			length = 1 << 40
+		}
+		_ = x.Begin(&message.Response{Status: 200, Length: length})
+		_, err = x.(message.Splicer).SpliceFrom(src, length)
+		spliced <- err
+		_ = x.End(nil)
+	})
+	c := s.dial().send("GET /slow HTTP/1.1\r\nHost: h\r\n\r\n")
+	src, err := app.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.Close()
+	_, _ = io.WriteString(src, "hello")
+	time.Sleep(10 * l.Write) // the app's slowness is what is tested
+	_, _ = io.WriteString(src, "hello")
+	c.want(200, "hellohello")
+	if err := <-spliced; err != nil {
+		t.Error(err)
+	}
+
+	s.dial().send("GET /endless HTTP/1.1\r\nHost: h\r\n\r\n")
+	if src, err = app.Accept(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		for p := make([]byte, 64<<10); err == nil; {
+			_, err = src.Write(p)
+		}
+	}()
+	if err := <-spliced; !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error(err)
+	}
+}
+
 func TestASlowHeadIsAnsweredAndASilentConnectionJustCloses(t *testing.T) {
 	l := limits()
 	l.Head = 400 * time.Millisecond // the second one's request is to come in this time
