@@ -144,6 +144,7 @@ func quick(more map[string]any) map[string]any {
 type aboutApp struct {
 	Instance   string    `json:"instance"`
 	Version    string    `json:"version"`
+	Protocol   string    `json:"protocol"` // by which it was asked
 	PID        int       `json:"pid"`
 	UID        int       `json:"uid"`
 	OwnTimeUS  int64     `json:"own_time_us"`

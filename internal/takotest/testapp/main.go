@@ -34,6 +34,7 @@ func main() {
 		chatter    = flag.Duration("chatter", 0, "print a line each time this has passed")
 		think      = flag.Duration("think", 0, "time that each answer takes, /status too")
 		silent     = flag.Bool("silent", false, "listen, accept and never answer")
+		h2c        = flag.Bool("h2c", false, "speak HTTP/2 without TLS, and nothing else")
 		relay      = flag.String("relay", "", "pass every connection on to this TCP address, byte for byte, and answer nothing")
 		ignoreTerm = flag.Bool("ignore-term", false, "go on after SIGTERM")
 	)
@@ -67,7 +68,9 @@ func main() {
 
 	app := &app{status: *status, think: *think, ownTime: time.Since(began), listenedAt: time.Now()}
 	app.hung.Store(*silent)
-	server := &http.Server{Handler: app.routes(), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: app.routes(), ReadHeaderTimeout: 10 * time.Second, Protocols: new(http.Protocols)}
+	server.Protocols.SetHTTP1(!*h2c)
+	server.Protocols.SetUnencryptedHTTP2(*h2c)
 	for _, l := range listeners {
 		fmt.Printf("listening on %s\n", l.Addr())
 		if *relay != "" {
@@ -208,6 +211,7 @@ func (a *app) about(w http.ResponseWriter, r *http.Request) {
 		"method":   r.Method,
 		"host":     r.Host,
 		"uri":      r.RequestURI,
+		"protocol": r.Proto,
 		"header":   r.Header,
 
 		"own_time_us": a.ownTime.Microseconds(),
