@@ -16,7 +16,7 @@ BENCH    ?=
 # The tests that soak runs.
 SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps
 # The tests that torture runs, in the order of their files.
-TORTURE ?= Reload|Storm|AKilledProxy|AKilledAgent|NewProxy|WaitingConnections|ManagementSocket|NewImage|TwoImages|FreshStart|FollowedLogsGoOnThrough|KillingTheMaster|MasterWithAStore|Fire|FullDisk|PowerCut|Overlap|SecondServer
+TORTURE ?= Reload|Storm|AKilledProxy|AKilledAgent|NewProxy|WaitingConnections|ManagementSocket|NewImage|TwoImages|FreshStart|FollowedLogsGoOnThrough|KillingTheMaster|MasterThatDies|MasterKilledAgain|EmptiedStore|ChildrenOfAnotherVersion|Fire|FullDisk|PowerCut|SecondServer|TheSecond|TwoServers
 
 # The packages that are quick to test, and those that run the real programs.
 UNIT        = $(shell $(GO) list ./... | grep -v /internal/integration)

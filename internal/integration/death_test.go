@@ -88,9 +88,10 @@ func TestKillingTheMasterWithAStoreFailsNothing(t *testing.T) {
 		}
 	}
 	r := l.Stop()
-	t.Logf("%d deaths of tako-master under %d clients: %v", deaths, load.Clients, r)
+	row(t, fmt.Sprintf("%d × kill -9 tako-master, descriptors kept by a service manager", deaths), r.Requests, r.Failures,
+		fmt.Sprintf("the same proxy, agent and instances; an answer took at most %s", r.Worst.Round(time.Millisecond)))
 	if r.Failures > 0 {
-		t.Errorf("%d of %d requests failed", r.Failures, r.Requests)
+		t.Errorf("%d deaths of tako-master: %v", deaths, r)
 	}
 	if after := treeOf(t, s, "blog"); fmt.Sprint(after) != fmt.Sprint(before) {
 		t.Errorf("running %+v, before %+v", after, before)

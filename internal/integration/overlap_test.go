@@ -132,11 +132,11 @@ func TestASecondServerTakesThePlaceOfTheFirst(t *testing.T) {
 			owns(t, second)
 			time.Sleep(300 * time.Millisecond) // some load on it alone
 			r := l.Stop()
-			t.Logf("%s: %v", name, r)
 			if name == "killed" {
 				r = withoutHandshakes(r, load.Clients/2)
 			}
 			if r.Failures > 0 {
+			t.Logf("row: a second server: start, changes by the first, and the first is %s | %d | %d | an answer took at most %s", name, r.Requests, r.Failures, r.Worst.Round(time.Millisecond))
 				t.Errorf("end of the first: %v", r)
 			}
 			l = first.Load(t.Context(), "blog.localhost/", load)
@@ -361,7 +361,7 @@ func TestTwoServersReload(t *testing.T) {
 		answers(t, first, "blog", version)
 	}
 	r := l.Stop()
-	t.Logf("%d reloads of each: %v", rounds, r)
+	row(t, fmt.Sprintf("%d reloads of each of two servers", rounds), r.Requests, r.Failures, "")
 	if r.Failures > 0 {
 		t.Errorf("%d of %d requests failed", r.Failures, r.Requests)
 	}
