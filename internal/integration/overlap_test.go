@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -135,8 +136,8 @@ func TestASecondServerTakesThePlaceOfTheFirst(t *testing.T) {
 			if name == "killed" {
 				r = withoutHandshakes(r, load.Clients/2)
 			}
-			if r.Failures > 0 {
 			t.Logf("row: a second server: start, changes by the first, and the first is %s | %d | %d | an answer took at most %s", name, r.Requests, r.Failures, r.Worst.Round(time.Millisecond))
+			if r.Failures > 0 {
 				t.Errorf("end of the first: %v", r)
 			}
 			l = first.Load(t.Context(), "blog.localhost/", load)
@@ -371,6 +372,54 @@ func TestTwoServersReload(t *testing.T) {
 	}
 	owns(t, second)
 	answers(t, first, "blog", strconv.Itoa(rounds))
+}
+
+// TestTheSecondServesThePortsThatTheFirstChangesTo: the settings name others, the
+// first is reloaded, and the second reloads itself.
+func TestTheSecondServesThePortsThatTheFirstChangesTo(t *testing.T) {
+	t.Parallel()
+	first := prepare(t, takotest.Options{PortsInFile: true})
+	ports := func() {
+		t.Helper()
+		text := fmt.Sprintf("port = %d\ntls-port = %d\n", first.HTTP, first.HTTPS)
+		if err := errors.Join(os.MkdirAll(first.Data, 0o711), os.WriteFile(filepath.Join(first.Data, "server-config.toml"), []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ports()
+	if err := first.Start(); err != nil {
+		t.Fatal(err)
+	}
+	deploy(t, first, "blog", "1", quick(nil))
+	second := prepare(t, takotest.Options{Beside: first, PortsInFile: true, Flags: []string{offset}})
+	if err := second.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "the second server serves", func() bool { return proxyServes(second) })
+
+	next, err := takotest.FreePorts(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.HTTP, first.HTTPS = next[0], next[1]
+	ports()
+	if r := reload(t, first); r.LastError != "" {
+		t.Fatal(r.LastError)
+	}
+	until(t, takotest.StartWait, "the second has reloaded", func() bool {
+		info, ok := serverInfo(second)
+		return ok && info.HTTPPort == uint16(first.HTTP) && info.Reload.Count == 1 && !info.Reload.Running && info.Role == management.RoleFollower
+	})
+	theirs := pids(t, second, "blog")
+	until(t, takotest.StartWait, "both answer at the new ports", func() bool {
+		by := answers(t, first, "blog", "1")
+		for pid := range theirs {
+			if by[pid] > 0 {
+				return len(by) == 2
+			}
+		}
+		return false
+	})
 }
 
 // TestTheEndOfTheSecondCostsNothing: the first serves on, and another second may

@@ -276,7 +276,7 @@ func TestASecondServerLeavesTheLinkToTheFirstUntilThatHasGone(t *testing.T) {
 	if err := os.Chtimes(filepath.Join(dir, "tako-7.sock"), then, then); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 {     // again is nothing
+	for range 2 { // again is nothing
 		if err := TakeLink(own, link); err != nil {
 			t.Error(err)
 		}

@@ -51,6 +51,9 @@ type Options struct {
 	// and socket. What it is asked goes to a socket of its own. Both may then stop
 	// while instances in their data root run on, which are the other's.
 	Beside *Server
+	// PortsInFile leaves the ports to the settings file, which the test writes: a
+	// reload can change them then.
+	PortsInFile bool
 }
 
 // Server is a tako-master with its children. Its methods may be called from any
@@ -180,10 +183,11 @@ func (s *Server) Launch() error {
 	if s.running() {
 		return errors.New("the server runs already")
 	}
-	s.cmd = exec.Command(s.Program("tako-master"), append([]string{
-		"--socket", cmp.Or(s.link, s.Socket), "--data-dir", s.Data, "--port", strconv.Itoa(s.HTTP), "--tls-port", strconv.Itoa(s.HTTPS),
-		"--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug",
-	}, s.options.Flags...)...)
+	flags := []string{"--socket", cmp.Or(s.link, s.Socket), "--data-dir", s.Data, "--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug"}
+	if !s.options.PortsInFile {
+		flags = append(flags, "--port", strconv.Itoa(s.HTTP), "--tls-port", strconv.Itoa(s.HTTPS))
+	}
+	s.cmd = exec.Command(s.Program("tako-master"), append(flags, s.options.Flags...)...)
 	s.cmd.Env = append(os.Environ(), s.options.Env...)
 	defer s.manager.pass(s.cmd)()
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
