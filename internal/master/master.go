@@ -468,7 +468,9 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store
 			s.finishReload(ctx)
 			return
 		}
-		s.endLeftovers(LeftoverWait, s.instances)
+		if !s.follows() { // else what is left is the owner's to end
+			s.endLeftovers(LeftoverWait, s.instances)
+		}
 		s.goOn()
 		s.restore(ctx, s.survived.rest)
 	})
