@@ -126,7 +126,7 @@ func TestClientsGetTheirBodiesBack(t *testing.T) {
 	var all sync.WaitGroup
 	for i := range 40 {
 		all.Go(func() {
-			sent := &noise{n: int64(i) * 50021, sum: sha256.New()}
+			sent := &noise{n: int64(i) * 12007, sum: sha256.New()}
 			req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, url+"/", sent)
 			if i%2 == 0 {
 				req.ContentLength = sent.n

@@ -390,11 +390,18 @@ func (quiet) Helper()      {}
 // every window was given back.
 func (p *peer) wantSettled() {
 	p.t.Helper()
-	c := p.srv.all()[0]
+	all := p.srv.all()
+	if len(all) == 0 {
+		return // it has ended
+	}
+	c := all[0]
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for len(c.open) > 0 {
 		c.written.Wait()
+	}
+	if c.dead {
+		return
 	}
 	if c.recvWindow+c.unacked != ConnWindow || c.reserved != 0 || c.answered != 0 || c.lasting != 0 || len(c.waiters) != 0 || len(c.held) != 0 {
 		p.t.Errorf("the window is %d and %d, %d bytes are reserved; %d answered, %d last, %d wait, %d are held",
