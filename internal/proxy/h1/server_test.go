@@ -364,7 +364,7 @@ func TestAHalfClosedClientGetsItsAnswers(t *testing.T) {
 }
 
 func TestALongUploadArrives(t *testing.T) {
-	size := 8 << 20
+	size := 2 << 20
 	everywhere(t, limits(), func(x message.Exchange) {
 		n, err := io.Copy(io.Discard, reader{x})
 		_ = say(x, 200, fmt.Sprint(n, err))
@@ -1229,7 +1229,7 @@ func TestRequestsAgainstCloseIdle(t *testing.T) {
 		var clients sync.WaitGroup
 		for range 4 {
 			clients.Go(func() {
-				for range 30 {
+				for range 10 {
 					c := s.dial()
 					for i := range 10 {
 						upgrade := i == 9
