@@ -89,16 +89,16 @@ func ask(t testing.TB, p *Pool, r *Outgoing) (int, string, error) {
 }
 
 func TestLinksAreUsedAgainOnlyWhenClean(t *testing.T) {
-	large := strings.Repeat("x", 40<<10)
+	large := strings.Repeat("x", 20<<10)
 	for _, test := range []struct {
 		name, method, answer string
 		reused               bool
 	}{
 		{"length", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", true},
 		{"length said twice", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok", true},
-		{"large", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 40960\r\n\r\n" + large, true},
+		{"large", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 20480\r\n\r\n" + large, true},
 		{"chunked", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n", true},
-		{"large chunk", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\na000\r\n" + large + "\r\n0\r\nA: b\r\n\r\n", true},
+		{"large chunk", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5000\r\n" + large + "\r\n0\r\nA: b\r\n\r\n", true},
 		{"no content", "GET", "HTTP/1.1 204 No Content\r\n\r\n", true},
 		{"not modified", "GET", "HTTP/1.1 304 Not Modified\r\nContent-Length: 9\r\n\r\n", true},
 		{"head", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n", true},
@@ -106,7 +106,7 @@ func TestLinksAreUsedAgainOnlyWhenClean(t *testing.T) {
 		{"asked to close", "GET", "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok", false},
 		{"HTTP/1.0", "GET", "HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok", false},
 		{"surplus", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nokHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", false},
-		{"surplus after a large one", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 40960\r\n\r\n" + large + "evil", false},
+		{"surplus after a large one", "GET", "HTTP/1.1 200 OK\r\nContent-Length: 20480\r\n\r\n" + large + "evil", false},
 		{"surplus after chunks", "GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\nevil", false},
 		{"body to HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil", false},
 		{"no content with content", "GET", "HTTP/1.1 204 No Content\r\nContent-Length: 4\r\n\r\nevil", false},
