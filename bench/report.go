@@ -137,16 +137,24 @@ func (t table) absolute(out io.Writer, o *options, v view, what func(*row) float
 	if v == rpsView {
 		unit = "req/s"
 	}
-	fmt.Fprintf(out, "\nin %s:", unit)
+	fmt.Fprintf(out, "\nmedian, and best round, in %s:", unit)
 	for _, w := range o.workloads {
 		if w.idle {
 			continue
 		}
 		var texts []string
 		for _, target := range o.targets {
-			texts = append(texts, fmt.Sprintf("%s %.4g", target, median(t.each(v, w.name, target, what))))
+			all := t.each(v, w.name, target, what)
+			if len(all) == 0 {
+				continue
+			}
+			best := slices.Max(all)
+			if v == cpuView {
+				best = slices.Min(all)
+			}
+			texts = append(texts, fmt.Sprintf("%s %.4g, %.4g", target, median(all), best))
 		}
-		fmt.Fprintf(out, " %s: %s.", w.name, strings.Join(texts, ", "))
+		fmt.Fprintf(out, " %s: %s.", w.name, strings.Join(texts, "; "))
 	}
 	fmt.Fprintln(out)
 }
