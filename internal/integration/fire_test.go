@@ -19,6 +19,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -433,6 +434,9 @@ func TestFirePowerCutsLoseNothingAcknowledged(t *testing.T) {
 		moment := time.Duration(rand.IntN(1500)) * time.Millisecond
 		w := fireWriter{now: now, n: n, uploaded: uploaded, ended: make(chan struct{})}
 		go w.write(s)
+		if cut == 0 { // one at least, however busy the machine is
+			until(t, takotest.AskWait, "a command is acknowledged", func() bool { return w.acked.Load() > 0 })
+		}
 		select {
 		case <-time.After(moment):
 		case <-w.ended:
@@ -482,6 +486,8 @@ type fireWriter struct {
 	n        int // of acknowledged ones, with those before; to be read after ended
 	err      error
 
+	acked atomic.Int64
+
 	mu    sync.Mutex
 	now   fireState // as acknowledged
 	under fireOp
@@ -505,6 +511,7 @@ func (w *fireWriter) write(s *takotest.Server) {
 		w.now = op.after(w.now)
 		w.under = fireOp{name: "nothing", model: func(*fireState) {}}
 		w.mu.Unlock()
+		w.acked.Add(1)
 	}
 }
 
