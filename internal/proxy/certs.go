@@ -175,6 +175,8 @@ func (c *certs) tlsConfig() *tls.Config {
 	conf := &tls.Config{
 		MinVersion: tls.VersionTLS12, CipherSuites: cipherSuites,
 		NextProtos: []string{"h2", "http/1.1"}, GetCertificate: c.get,
+		// Small first records would be a write each; heads go out with bodies here.
+		DynamicRecordSizingDisabled: true,
 	}
 	conf.UnwrapSession = func(ticket []byte, cs tls.ConnectionState) (*tls.SessionState, error) {
 		s, err := conf.DecryptTicket(ticket, cs)
