@@ -1109,6 +1109,31 @@ func TestInstanceThatSaysNothingTimesOut(t *testing.T) {
 	})
 }
 
+// On sockets the deadline ends a swap, which pipes know nothing of.
+func TestSilentSocketTimesOut(t *testing.T) {
+	for _, network := range []string{"unix", "tcp"} {
+		p, _ := listeningOn(t, network, func(_ int, c net.Conn, br *bufio.Reader) {
+			_, _, _ = next(br)
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			_, _ = io.Copy(io.Discard, br)
+		})
+		if _, _, err := ask(t, p, outgoing("GET")); err != nil {
+			t.Fatal(err)
+		}
+		l := p.links[0]
+		l.due = time.Now().Add(time.Hour) // so that it is not set anew
+		if err := l.SetDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := ask(t, p, outgoing("GET")); !errors.Is(err, ErrTimeout) {
+			t.Errorf("%s: %v", network, err)
+		}
+		if open, _ := p.Conns(); open != 0 {
+			t.Errorf("%s: %d open", network, open)
+		}
+	}
+}
+
 func TestInstanceThatDoesNotReadTimesOut(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, r := range []*Outgoing{outgoing("GET"), with(outgoing("POST"), streamed("abc"), 3)} {
