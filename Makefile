@@ -54,7 +54,7 @@ demo-check: build ## the same on free ports, asked and judged by itself
 
 .PHONY: test
 test: ## unit tests, the same under the race detector, integration; one verdict
-	@$(GOTEST) -- tools -C tools ./gotest ./torture -- unit $(UNIT) $(if $(CC_FOUND),-- race -race $(UNIT)) -- integration $(INTEGRATION)
+	@$(GOTEST) -- tools -C tools ./gotest ./torture -- unit $(UNIT) $(if $(CC_FOUND),-- race -race -tags poison $(UNIT)) -- integration $(INTEGRATION)
 	@$(if $(CC_FOUND),,echo 'no C compiler: the tests did not run under the race detector (on Debian: apt-get install gcc libc6-dev)')
 
 .PHONY: unit
@@ -62,8 +62,8 @@ unit: ## unit tests
 	@$(GOTEST) -- unit $(UNIT)
 
 .PHONY: race
-race: ## unit tests under the race detector
-	@$(GOTEST) -- race -race $(UNIT)
+race: ## unit tests under the race detector, with used buffers spoilt
+	@$(GOTEST) -- race -race -tags poison $(UNIT)
 
 .PHONY: integration
 integration: ## tests that run the real programs
