@@ -3,8 +3,9 @@ package h2
 import "time"
 
 // The budgets of one connection against floods. Each is spent by what costs the
-// server work and the client nearly none, and fills up again with time. What is
-// over a budget ends the connection with ENHANCE_YOUR_CALM.
+// server work and the client nearly none, and fills up again with time, and with
+// what the client gets: who fetches much may ask for much. What is over a budget
+// ends the connection with ENHANCE_YOUR_CALM.
 const (
 	// ResetBurst and ResetRate (a second) bound streams that end because of the
 	// client before they were answered: those it resets, and those it makes us
@@ -18,12 +19,21 @@ const (
 	PriorityBurst, PriorityRate = 1000, 100
 	// EmptyBurst and EmptyRate bound DATA without a byte that does not end a body.
 	EmptyBurst, EmptyRate = 200, 10
-	// WindowBurst and WindowRate bound WINDOW_UPDATE. Each frame of DATA that was
-	// sent allows WindowPerData more.
+	// WindowBurst and WindowRate bound WINDOW_UPDATE.
 	WindowBurst, WindowRate = 2000, 200
-	WindowPerData           = 8
 	// ClosedBurst and ClosedRate bound frames on streams that have ended.
 	ClosedBurst, ClosedRate = 1000, 200
+)
+
+// What a client earns by what it gets.
+const (
+	// WindowPerData and PingPerData are for each frame of DATA that no window made
+	// smaller than EarnSize: clients give windows back in small pieces, and measure
+	// the way with a PING while they receive.
+	WindowPerData, PingPerData, EarnSize = 8, 1, 256
+	// ResetPerAnswer, ClosedPerAnswer, PingPerAnswer and PriorityPerAnswer are for each
+	// whole answer.
+	ResetPerAnswer, ClosedPerAnswer, PingPerAnswer, PriorityPerAnswer = 1, 1, 1, 2
 )
 
 // The limits of one block of fields, over all its frames.
@@ -65,11 +75,14 @@ var budgets = [floods]struct {
 	closed: {ClosedBurst, ClosedRate, "frames on ended streams"},
 }
 
-// purse holds what is left of a connection's budgets.
+// purse holds what was spent of a connection's budgets.
 type purse struct {
 	spent  [floods]int32
 	filled [floods]time.Duration // when spent was last reduced
 }
+
+// earn gives n of a budget back.
+func (p *purse) earn(f flood, n int32) { p.spent[f] = max(0, p.spent[f]-n) }
 
 // spend takes one from a budget and reports whether it was there.
 func (p *purse) spend(f flood, now func() time.Duration) bool {

@@ -92,13 +92,13 @@ type conn struct {
 	blockEnds bool // END_STREAM
 	fragments int
 	settled   bool // the first SETTINGS came
-	purse     purse
 	clock     func() time.Duration
 	trailer   *stream // whose trailer the block is
 	unwanted  *stream // made for the block and not in open yet
 
 	mu sync.Mutex // guards all below, and the streams
 
+	purse    purse
 	open     []*stream
 	held     []*stream // of them, those that wait for the end of what was read, to be answered
 	lasting  int       // of them, those that last
@@ -121,17 +121,16 @@ type conn struct {
 	draining bool // the first GOAWAY was sent
 	clientGo bool // the client sent a GOAWAY
 
-	out       *frames
-	outGen    uint64 // counts the buffers that out was
-	control   int    // the bytes in out that answer control frames
-	writing   bool
-	written   sync.Cond // writing has become false, or a stream has left open
-	roomy     sync.Cond // out has room
-	reserved  int       // of out, for streams that were told to go on
-	waiters   []*stream // for room or the connection's window, the first is next
-	enc       encoder
-	scratch   []byte
-	frameSent int // frames of DATA, for the budget of WINDOW_UPDATE
+	out      *frames
+	outGen   uint64 // counts the buffers that out was
+	control  int    // the bytes in out that answer control frames
+	writing  bool
+	written  sync.Cond // writing has become false, or a stream has left open
+	roomy    sync.Cond // out has room
+	reserved int       // of out, for streams that were told to go on
+	waiters  []*stream // for room or the connection's window, the first is next
+	enc      encoder
+	scratch  []byte
 
 	sendWindow  int64
 	firstWindow int64 // of each stream that the client opens

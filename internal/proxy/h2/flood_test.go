@@ -52,6 +52,18 @@ func TestFloodsEndTheConnection(t *testing.T) {
 			burst: WindowBurst, handler: hold, begin: func(p *peer) { p.get(1) },
 			send: func(p *peer, _ uint32) { p.do(p.fr.WriteWindowUpdate(1, 1)) },
 		},
+		"windows of next to nothing": {
+			burst: WindowBurst / 2, handler: func(x message.Exchange) { respond(x, strings.Repeat("a", 1<<20)) },
+			begin: func(p *peer) {
+				p.do(p.fr.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 0}))
+				p.get(1)
+				p.await(http2.FrameHeaders, 1)
+			},
+			send: func(p *peer, _ uint32) {
+				p.do(p.fr.WriteWindowUpdate(0, 1))
+				p.do(p.fr.WriteWindowUpdate(1, 1))
+			},
+		},
 		"data after a reset of ours": {
 			burst: ClosedBurst, handler: func(x message.Exchange) { respond(x, "no") },
 			begin: func(p *peer) {
@@ -177,6 +189,32 @@ func TestReadingMuchAllowsManyWindowUpdates(t *testing.T) {
 	}
 	p.do(p.fr.WritePing(false, [8]byte{}))
 	p.await(http2.FramePing, 0)
+}
+
+func TestAnswersAllowMoreOfAll(t *testing.T) {
+	inTime(t, func(t *testing.T) { // no time passes
+		p := serve(t, func(x message.Exchange) { respond(x, "x") })
+		p.auto = true
+		for i := range uint32(2 * PriorityBurst) {
+			id := 2*i + 1
+			p.do(p.fr.WritePriority(id, http2.PriorityParam{Weight: 1}))
+			p.frame(0xbe, 0, 0)
+			p.get(id)
+			p.hear(id)
+			p.do(p.fr.WritePing(false, [8]byte{}))
+			p.await(http2.FramePing, 0)
+			p.do(p.fr.WriteRSTStream(id, http2.ErrCodeCancel)) // too late
+			p.do(p.fr.WriteWindowUpdate(id, 1))
+		}
+		for i := range uint32(2 * ResetBurst) { // one of two is taken back
+			id := 4*PriorityBurst + 4*i + 1
+			p.get(id)
+			p.hear(id)
+			p.ask(id+2, false, base("POST", "/", "content-length", "0")...)
+			p.do(p.fr.WriteRSTStream(id+2, http2.ErrCodeCancel))
+		}
+		p.wantOK(100001)
+	})
 }
 
 func TestBlocksOfFieldsAreBounded(t *testing.T) {

@@ -40,8 +40,8 @@ func (c *conn) take(f frameHeader, p []byte) error {
 		if f.length < 8 {
 			return fault(http2.ErrCodeFrameSize, "GOAWAY of a wrong length")
 		}
-		if !c.purse.spend(pings, c.clock) {
-			return calm(pings)
+		if err := c.spend(pings); err != nil {
+			return err
 		}
 		c.mu.Lock()
 		c.clientGo = true
@@ -53,8 +53,15 @@ func (c *conn) take(f frameHeader, p []byte) error {
 	case http2.FramePushPromise:
 		return fault(http2.ErrCodeProtocol, "PUSH_PROMISE of a client")
 	}
-	if !c.purse.spend(priorities, c.clock) {
-		return calm(priorities)
+	return c.spend(priorities)
+}
+
+// spend takes one from a budget. The caller does not hold mu.
+func (c *conn) spend(f flood) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.purse.spend(f, c.clock) {
+		return calm(f)
 	}
 	return nil
 }
@@ -71,10 +78,9 @@ func (c *conn) settings(f frameHeader, p []byte) error {
 		return fault(http2.ErrCodeFrameSize, "SETTINGS of a wrong length")
 	case f.has(http2.FlagSettingsAck) && !c.settled:
 		return fault(http2.ErrCodeProtocol, "no SETTINGS at the beginning")
-	case !c.purse.spend(settings, c.clock):
-		return calm(settings)
-	case f.has(http2.FlagSettingsAck):
-		return nil
+	}
+	if err := c.spend(settings); err != nil || f.has(http2.FlagSettingsAck) {
+		return err
 	}
 	c.settled = true
 	c.mu.Lock()
@@ -124,8 +130,9 @@ func (c *conn) ping(f frameHeader, p []byte) error {
 		return fault(http2.ErrCodeProtocol, "PING on a stream")
 	case f.length != 8:
 		return fault(http2.ErrCodeFrameSize, "PING of a wrong length")
-	case !c.purse.spend(pings, c.clock):
-		return calm(pings)
+	}
+	if err := c.spend(pings); err != nil {
+		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -150,10 +157,6 @@ func (c *conn) windowUpdate(f frameHeader, p []byte) error {
 	n := int64(binary.BigEndian.Uint32(p) & maxWindow)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.frameSent > 0 {
-		c.purse.spent[windows] = max(0, c.purse.spent[windows]-int32(min(c.frameSent, WindowBurst)*WindowPerData)) //nolint:gosec // bounded
-		c.frameSent = 0
-	}
 	if !c.purse.spend(windows, c.clock) {
 		return calm(windows)
 	}
@@ -172,10 +175,7 @@ func (c *conn) windowUpdate(f frameHeader, p []byte) error {
 	}
 	s := c.find(f.id)
 	if s == nil || s.stopped != nil {
-		if !c.purse.spend(closed, c.clock) {
-			return calm(closed)
-		}
-		return nil
+		return nil // for what it had got before the end
 	}
 	if n == 0 {
 		return c.breach(s, f.id, http2.ErrCodeProtocol)
@@ -240,11 +240,11 @@ func (c *conn) rstStream(f frameHeader, p []byte) error {
 }
 
 func (c *conn) priority(f frameHeader, p []byte) error {
-	switch {
-	case f.id == 0:
+	if f.id == 0 {
 		return fault(http2.ErrCodeProtocol, "PRIORITY on the connection")
-	case !c.purse.spend(priorities, c.clock):
-		return calm(priorities)
+	}
+	if err := c.spend(priorities); err != nil {
+		return err
 	}
 	code := http2.ErrCodeNo
 	switch {

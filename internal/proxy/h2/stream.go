@@ -405,6 +405,10 @@ func (s *stream) write(p []byte) (n int, err error) {
 		}
 		c.appendData(s, p[n:n+k])
 		n += k
+		if k >= EarnSize || n == len(p) { // not a window of next to nothing
+			c.purse.earn(windows, WindowPerData)
+			c.purse.earn(pings, PingPerData)
+		}
 		if s.left >= 0 {
 			s.left -= int64(k)
 		}
@@ -464,6 +468,10 @@ func (s *stream) End(trailer []message.Field) error {
 	}
 	c.appendEnd(s)
 	s.finish()
+	c.purse.earn(resets, ResetPerAnswer)
+	c.purse.earn(closed, ClosedPerAnswer)
+	c.purse.earn(pings, PingPerAnswer)
+	c.purse.earn(priorities, PriorityPerAnswer)
 	c.kick()
 	return nil
 }

@@ -205,7 +205,6 @@ func (c *conn) appendData(s *stream, p []byte) {
 	c.frame(len(p), http2.FrameData, 0, s.id)
 	s.mark(headerSize)
 	c.out.b = append(c.out.b, p...)
-	c.frameSent++
 }
 
 // mark remembers the frame whose header of n bytes is the last in out.
