@@ -501,3 +501,37 @@ func TestWhatTheSecondCannotFollowCostsNothing(t *testing.T) {
 		t.Errorf("%v", r)
 	}
 }
+
+// TestADeployThatTheFirstDiesOverIsUndoneByTheSecond: it had committed nothing, so
+// the second takes over what was there, and clears away what was begun.
+func TestADeployThatTheFirstDiesOverIsUndoneByTheSecond(t *testing.T) {
+	t.Parallel()
+	first := begin(t, takotest.Options{})
+	deploy(t, first, "blog", "1", quick(nil))
+	second := startBeside(t, first)
+	lay(t, first, "blog", "2", quick(map[string]any{"timeouts": map[string]any{"ready": 60}}), "-slow", "50s")
+	began := make(chan struct{})
+	go func() {
+		defer close(began)
+		_, _ = ask(first, "blog", "2", map[string]any{"secrets": map[string]string{"KEY": "of the second release"}}) // cut off
+	}()
+	until(t, takotest.StartWait, "the deploy has begun", func() bool { return len(pids(t, first, "blog")) == 2 })
+	next := filepath.Join(first.Data, "apps", "blog", "secrets.json.next")
+	if _, err := os.Stat(next); err != nil {
+		t.Error(err)
+	}
+	if err := first.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-began
+	owns(t, second)
+	answers(t, first, "blog", "1")
+	if _, err := os.Stat(next); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("secrets of the deploy that was cut off: %v", err)
+	}
+	deploy(t, first, "blog", "3", quick(nil))
+	answers(t, first, "blog", "3")
+	if st := status(t, second, "blog"); st.Version != "3" || st.State != "running" {
+		t.Errorf("version %s is %s", st.Version, st.State)
+	}
+}

@@ -310,7 +310,9 @@ func TestLockOfALivingOwnerIsNotTaken(t *testing.T) {
 		t.Fatal("it has the lock of a living owner")
 	}
 	_ = first.Close()
-	if !s.tryLock() || !s.tryLock() {
-		t.Error("it has not the lock of an owner that has gone")
+	for range 2 { // again is no harm
+		if !s.tryLock() {
+			t.Error("it has not the lock of an owner that has gone")
+		}
 	}
 }
