@@ -179,7 +179,7 @@ func (h *h2Conn) frame(kind, flags byte, id uint32, p []byte) error {
 		return nil
 	}
 	s := h.streams[id]
-	if s == nil || flags&(flagPadded) != 0 || kind == frameHeaders && flags&flagPriority != 0 {
+	if s == nil || flags&flagPadded != 0 || kind == frameHeaders && flags&flagPriority != 0 {
 		return fmt.Errorf("kind %d with flags %x on stream %d, which is not expected", kind, flags, id)
 	}
 	if kind == frameHeaders {

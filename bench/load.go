@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"runtime"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -86,6 +87,7 @@ func runLoad(args []string, in io.Reader, out io.Writer) error {
 	l.tls = &tls.Config{InsecureSkipVerify: true, ServerName: l.host, CurvePreferences: []tls.CurveID{tls.X25519}, MinVersion: tls.VersionTLS13}
 
 	var run func() error
+	var idle []net.Conn
 	var err error
 	switch *kind {
 	case "h1":
@@ -95,7 +97,7 @@ func runLoad(args []string, in io.Reader, out io.Writer) error {
 	case "handshake":
 		run = l.handshakes
 	case "idle":
-		err = l.hold()
+		idle, err = l.hold()
 	default:
 		err = fmt.Errorf("there is no load %q", *kind)
 	}
@@ -103,7 +105,9 @@ func runLoad(args []string, in io.Reader, out io.Writer) error {
 		return err
 	}
 	fmt.Fprintln(out, "ready")
-	if _, err := bufio.NewReader(in).ReadString('\n'); err != nil || run == nil {
+	_, err = bufio.NewReader(in).ReadString('\n')
+	runtime.KeepAlive(idle)
+	if err != nil || run == nil {
 		return err
 	}
 	began := time.Now()
@@ -268,18 +272,15 @@ func (l *load) ask(c net.Conn) {
 }
 
 // hold opens connections and leaves them idle.
-func (l *load) hold() error {
+func (l *load) hold() ([]net.Conn, error) {
 	conns, err := l.open()
 	for _, c := range conns {
 		if err == nil {
 			err = c.SetDeadline(time.Now().Add(idleTime))
 		}
 	}
-	held = conns // until the process ends
-	return err
+	return conns, err
 }
-
-var held []net.Conn
 
 // handshakes opens a connection for each request and resets it afterwards, so
 // that no port is left waiting.
@@ -342,11 +343,11 @@ func (l *load) poll() (func() error, error) {
 	if err != nil {
 		return nil, err
 	}
-	port, host := 0, ""
-	if host, _, err = net.SplitHostPort(l.addr); err == nil {
-		_, text, _ := net.SplitHostPort(l.addr)
-		port, err = strconv.Atoi(text)
+	host, text, err := net.SplitHostPort(l.addr)
+	if err != nil {
+		return nil, err
 	}
+	port, err := strconv.Atoi(text)
 	if err != nil {
 		return nil, err
 	}
