@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/url"
 	"runtime/pprof"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -134,11 +135,9 @@ func profile(target *url.URL, over <-chan struct{}) ([]byte, error) {
 		pprof.StopCPUProfile()
 		return out.Bytes(), nil
 	}
-	for _, known := range profiles {
-		if name == known {
-			err := pprof.Lookup(name).WriteTo(&out, 0)
-			return out.Bytes(), err
-		}
+	if slices.Contains(profiles, name) {
+		err := pprof.Lookup(name).WriteTo(&out, 0)
+		return out.Bytes(), err
 	}
 	return nil, fmt.Errorf("there is no profile %q: ask for /cpu?seconds=N, /%s", name, strings.Join(profiles, ", /"))
 }
