@@ -15,7 +15,7 @@ import (
 
 // LeftoverWait is how long processes of a tako-master that died may take to end:
 // a tako-agent that it left behind stops its instances in less.
-const LeftoverWait = 9 * time.Second
+const LeftoverWait = ChildLeave
 
 // noInstances is for endLeftovers, when none of ours is to go on.
 func noInstances() map[string]bool { return nil }
