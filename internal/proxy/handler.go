@@ -323,7 +323,8 @@ func (b *limitedBody) ReadBody(p []byte) (int, error) {
 func (b *limitedBody) Buffered() ([]byte, bool) {
 	body, ok := b.Exchange.Buffered()
 	if int64(len(body)) > b.left {
-		return nil, false // ReadBody is to say so
+		b.left = -1
+		return nil, false // ReadBody says so
 	}
 	return body, ok
 }
