@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
+	_ "modernc.org/sqlite" // to change the schema under a server
 
 	"tako/internal/management"
 	"tako/internal/takotest"
@@ -49,7 +53,7 @@ func proxyServes(s *takotest.Server) bool {
 // startBeside starts a second server beside the first and waits until it serves.
 func startBeside(t *testing.T, first *takotest.Server, flags ...string) *takotest.Server {
 	t.Helper()
-	second := prepare(t, takotest.Options{Beside: first, User: first.User(), Flags: append([]string{offset}, flags...)})
+	second := prepare(t, takotest.Options{Beside: first, Flags: append([]string{offset}, flags...)})
 	if err := second.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -97,13 +101,24 @@ func pids(t *testing.T, s *takotest.Server, app string) map[int]bool {
 // proxies have nobody left who signs for them.
 func TestASecondServerTakesThePlaceOfTheFirst(t *testing.T) {
 	t.Parallel()
+	var ordinarily, capably takotest.Options // or as who the test runs
+	if os.Geteuid() == 0 {
+		ordinarily = takotest.Options{User: ordinary}
+		capably = takotest.Options{User: ordinary, Caps: []uintptr{unix.CAP_SETUID, unix.CAP_SETGID, unix.CAP_KILL}}
+	}
 	for name, row := range map[string]struct {
-		end   func(*takotest.Server) error
-		apart bool // users of their own for all, if we may give them
-	}{"stopped": {(*takotest.Server).Stop, false}, "killed": {(*takotest.Server).Kill, true}} {
+		end func(*takotest.Server) error
+		as  takotest.Options
+	}{
+		"stopped": {(*takotest.Server).Stop, ordinarily}, "killed": {(*takotest.Server).Kill, takotest.Options{}},
+		"stopped, with capabilities": {(*takotest.Server).Stop, capably},
+	} {
+		if row.as.Caps != nil && !soaking() {
+			continue
+		}
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			first := begin(t, takotest.Options{User: unlessApart(row.apart)})
+			first := begin(t, row.as)
 			lay(t, first, "blog", "1", quick(nil))
 			if _, err := ask(first, "blog", "1", map[string]any{"instances": 2}); err != nil {
 				t.Fatal(err)
@@ -172,15 +187,6 @@ func TestASecondServerTakesThePlaceOfTheFirst(t *testing.T) {
 			}
 		})
 	}
-}
-
-// unlessApart is an ordinary user for a server whose apps need no users of their
-// own, or 0.
-func unlessApart(apart bool) uint32 {
-	if apart || os.Geteuid() != 0 {
-		return 0
-	}
-	return ordinary
 }
 
 // withoutHandshakes leaves out of a report what a killed server's proxy could not
@@ -534,4 +540,54 @@ func TestADeployThatTheFirstDiesOverIsUndoneByTheSecond(t *testing.T) {
 	if st := status(t, second, "blog"); st.Version != "3" || st.State != "running" {
 		t.Errorf("version %s is %s", st.Version, st.State)
 	}
+}
+
+// TestASecondServerOfAnotherSchema is refused; one that is there when the owner
+// changes the schema serves on, and takes over as soon as it knows it.
+func TestASecondServerOfAnotherSchema(t *testing.T) {
+	t.Parallel()
+	first := begin(t, takotest.Options{})
+	deploy(t, first, "blog", "1", quick(nil))
+	db, err := sql.Open("sqlite", filepath.Join(first.Data, "runtime-state.sqlite3"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	var ours int
+	if err := db.QueryRow(`PRAGMA user_version`).Scan(&ours); err != nil {
+		t.Fatal(err)
+	}
+	schema := func(n int) {
+		t.Helper()
+		if _, err := db.Exec(fmt.Sprintf(`PRAGMA user_version = %d`, n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	schema(ours + 1)
+	refused(t, prepare(t, takotest.Options{Beside: first, Flags: []string{offset}}), exitFailed,
+		fmt.Sprintf("it has schema %d", ours+1), "start the version that its owner runs")
+	schema(ours - 1)
+	refused(t, prepare(t, takotest.Options{Beside: first, Flags: []string{offset}}), exitFailed,
+		fmt.Sprintf("it has schema %d", ours-1), "reload its owner into this version first")
+	schema(ours)
+
+	second := startBeside(t, first)
+	schema(ours + 1) // the first was reloaded into a later version; what is installed here knows it no better
+	until(t, takotest.StartWait, "the second tries to reload", func() bool {
+		info, ok := serverInfo(second)
+		return ok && info.Reload.Failed == 1 && !info.Reload.Running
+	})
+	if err := first.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "the second says why it cannot take over", func() bool {
+		return logged(second, "its place cannot be taken yet") == 1
+	})
+	answers(t, first, "blog", "1")
+	_, err = second.Ask("stop", map[string]any{"app": "blog"})
+	wantError(t, second, "a change", err, ".* owns the data root; 'stop' is refused .*")
+	schema(ours)
+	owns(t, second)
+	deploy(t, first, "blog", "2", quick(nil))
+	answers(t, first, "blog", "2")
 }

@@ -47,8 +47,8 @@ type Options struct {
 	// Data is the data root; "" is a folder of the server's own. Close leaves
 	// what it does not own.
 	Data string
-	// Beside makes it the second server of this one: of the same data root, ports
-	// and socket. What it is asked goes to a socket of its own. Both may then stop
+	// Beside makes it the second server of this one: of the same data root, ports,
+	// socket, user and capabilities. What it is asked goes to a socket of its own. Both may then stop
 	// while instances in their data root run on, which are the other's.
 	Beside *Server
 	// PortsInFile leaves the ports to the settings file, which the test writes: a
@@ -102,6 +102,10 @@ func New(o Options) (*Server, error) {
 		if err == nil {
 			err = os.Link(filepath.Join(programs, p), filepath.Join(bin, p))
 		}
+	}
+	if o.Beside != nil {
+		o.User, o.Caps = o.Beside.options.User, o.Beside.options.Caps
+		s.options = o
 	}
 	if err == nil && o.User != 0 {
 		err = os.Chown(dir, int(o.User), int(o.User))
