@@ -47,6 +47,9 @@ const (
 	MaxDecoded = 1 << 20
 )
 
+// MaxSettings bounds the settings in one frame; there are seven kinds.
+const MaxSettings = 64
+
 // MaxControl bounds the answers to PING and SETTINGS, and the resets, that wait
 // to be written to a client that does not read, in bytes.
 const MaxControl = 16 << 10

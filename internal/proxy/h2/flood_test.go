@@ -118,6 +118,18 @@ func TestFloodsEndTheConnection(t *testing.T) {
 	}
 }
 
+func TestSettingsOfOneFrameAreBounded(t *testing.T) {
+	p := serve(t, ok)
+	one := make([]http2.Setting, MaxSettings)
+	for i := range one {
+		one[i] = http2.Setting{ID: http2.SettingInitialWindowSize, Val: uint32(i)} //nolint:gosec // small
+	}
+	p.do(p.fr.WriteSettings(one...))
+	p.await(http2.FrameSettings, 0)
+	p.do(p.fr.WriteSettings(append(one, one[0])...))
+	p.wantGoAway(http2.ErrCodeEnhanceYourCalm)
+}
+
 func TestBudgetIsSpentToTheLast(t *testing.T) {
 	var now time.Duration
 	for f := range floods {

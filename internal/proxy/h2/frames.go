@@ -79,6 +79,9 @@ func (c *conn) settings(f frameHeader, p []byte) error {
 	case f.has(http2.FlagSettingsAck) && !c.settled:
 		return fault(http2.ErrCodeProtocol, "no SETTINGS at the beginning")
 	}
+	if f.length > 6*MaxSettings {
+		return fault(http2.ErrCodeEnhanceYourCalm, "too many settings at once")
+	}
 	if err := c.spend(settings); err != nil || f.has(http2.FlagSettingsAck) {
 		return err
 	}

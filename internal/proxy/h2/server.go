@@ -66,7 +66,10 @@ func (s *Server) Serve(nc net.Conn, client *message.Client) {
 	s.mu.Lock()
 	if s.closed {
 		s.mu.Unlock()
-		_ = nc.Close()
+		c.mu.Lock()
+		c.die(errClosed)
+		c.mu.Unlock()
+		c.timer.Stop()
 		return
 	}
 	if s.conns == nil {

@@ -217,12 +217,12 @@ func (s *stream) read(p []byte, limited bool) (int, error) {
 		if s.bodyLate {
 			return 0, os.ErrDeadlineExceeded
 		}
-		if limited {
+		if limited && !s.lasts {
 			s.waitFrom = c.now()
 			c.arm(s.bodyLimit())
 		}
 		s.readable.Wait()
-		if limited {
+		if s.waitFrom != noDeadline {
 			s.waited += c.now() - s.waitFrom
 			s.waitFrom = noDeadline
 		}
@@ -527,6 +527,7 @@ func (s *stream) Lasts() {
 	s.c.mu.Lock()
 	if !s.lasts {
 		s.lasts = true
+		s.waitFrom = noDeadline // the wait for a body, if there is one, is no longer limited
 		s.c.lasting++
 	}
 	s.c.mu.Unlock()
