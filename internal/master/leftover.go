@@ -66,8 +66,8 @@ func (s *server) leftovers(known func() map[string]bool) map[supervise.Relation]
 		if !ok || names[name] || r.Zombie {
 			continue
 		}
-		above := r // the first ancestor that is none of an instance
-		for depth := 0; depth < 64; depth++ {
+		above := r     // the first ancestor that is none of an instance
+		for range 64 { // deep enough
 			next, ok := all[above.Parent]
 			if !ok {
 				break
@@ -77,14 +77,13 @@ func (s *server) leftovers(known func() map[string]bool) map[supervise.Relation]
 				break
 			}
 		}
-		switch programOf(above.PID) {
-		case wire.Agent:
-			if programOf(above.Parent) != wire.Master {
-				found[r] = above.PID != s.agentPID()
-			}
-		case wire.Master:
-		default:
-			found[r] = false
+		program := programOf(above.PID)
+		agents := program == wire.Agent
+		if agents {
+			program = programOf(above.Parent)
+		}
+		if program != wire.Master {
+			found[r] = agents && above.PID != s.agentPID()
 		}
 	}
 	return found

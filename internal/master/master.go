@@ -186,7 +186,7 @@ func Run(ctx context.Context, c Config, version string, signals Signals, log hcl
 		return err
 	}
 	defer s.kept.store.Close()
-	mgmt, regs, err := s.open(ctx, c, st)
+	mgmt, err := s.open(ctx, c, st)
 	if err != nil {
 		if st == nil {
 			return err
@@ -198,7 +198,7 @@ func Run(ctx context.Context, c Config, version string, signals Signals, log hcl
 			s.wantReload()
 		}
 	}()
-	return s.serve(ctx, mgmt, regs, st)
+	return s.serve(ctx, mgmt, st)
 }
 
 // goBack executes the program that handed over to us again, once: its children
@@ -221,25 +221,25 @@ func (s *server) goBack(st *state, why error) error {
 
 // open gets everything that a server needs before its children: from the image
 // before ours if there was one, else from scratch.
-func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixListener, regs []store.App, err error) {
+func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixListener, err error) {
 	if s.s, err = c.settle(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	s.layout = s.s.layout
 	if s.selfPath, err = os.Executable(); err != nil {
-		return nil, nil, fmt.Errorf("find the own program: %w", err)
+		return nil, fmt.Errorf("find the own program: %w", err)
 	}
 	if err := s.identities(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := supervise.Subreaper(); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := makeTree(s.layout); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if err := removeProfiles(s.layout.Profiles()); err != nil { // each proxy gets one of its own
-		return nil, nil, err
+		return nil, err
 	}
 	s.undo = append(s.undo, func() {
 		if err := removeProfiles(s.layout.Profiles()); err != nil {
@@ -255,7 +255,7 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		s.socketGID = gid
 	}
 	if err := s.openPrograms(st); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	if st != nil {
 		mgmt, err = s.inherit(st)
@@ -263,7 +263,7 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		mgmt, err = s.openSockets(ctx)
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	s.mgmt = mgmt
 	if s.layout.Second != 0 { // it begins anew when it dies: the owner serves
@@ -274,7 +274,7 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		close(s.owned)
 	}
 	if err := s.openStore(ctx); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	s.undo = append(s.undo, func() {
 		if err := s.db.Close(); err != nil {
@@ -287,18 +287,19 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		openCerts = cert.Open
 	}
 	if s.certs, err = openCerts(s.layout.Certs(), time.Now, s.log.Named("cert")); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	if regs, err = s.recall(ctx); err != nil {
-		return nil, nil, err
+	regs, err := s.recall(ctx)
+	if err != nil {
+		return nil, err
 	}
 	if st != nil {
 		if err := s.takeOver(st); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		s.log.Info("going on after a reload", logging.Version, s.version, "from", st.Version, "reloads", st.Reloads, "apps", len(regs))
 		s.keepAll()
-		return mgmt, regs, nil
+		return mgmt, nil
 	}
 	s.recover(ctx, regs)
 	s.keepAll()
@@ -314,7 +315,7 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	if !s.s.NoACME {
 		s.log.Warn("certificates of a public authority are not obtained by this version: put your own into " + s.layout.Certs() + "/<name>/, or start with --no-acme to silence this")
 	}
-	return mgmt, regs, nil
+	return mgmt, nil
 }
 
 // openPrograms opens the children's programs: the installed ones, or those that
@@ -427,7 +428,7 @@ func unixListener(fd ipc.FD) (*net.UnixListener, error) {
 }
 
 // serve runs the children, the apps and the management socket until ctx ends.
-func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, regs []store.App, st *state) error {
+func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) error {
 	// The children's own contexts: the proxies leave first, then the agent.
 	proxying, endProxies := context.WithCancel(context.WithoutCancel(ctx))
 	defer endProxies()
