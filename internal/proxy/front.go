@@ -142,7 +142,7 @@ func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 	if ok && client.Secure {
 		_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
 		t := tls.Server(c, f.tls)
-		err := t.Handshake()
+		err := t.HandshakeContext(context.Background()) // the deadline ends it
 		_ = c.SetDeadline(time.Time{})
 		served = t
 		if ok = err == nil; !ok {

@@ -144,7 +144,7 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 	}
 	resp := &in.Response
 	responseFields(resp, id)
-	if isEventStream(resp) {
+	if isEventStream(resp) || in.Unsent && isGRPC(r) {
 		fl.becomeStream()
 	}
 	if err := reply(fl, in); err != nil {
@@ -293,6 +293,14 @@ func (h *handler) refuse(x message.Exchange, fl *flight, err error) {
 		h.log.Debug("no answer from the app", "app", fl.app.id, "error", err)
 		answer(x, http.StatusBadGateway, "Bad Gateway")
 	}
+}
+
+// isGRPC: with an answer before the end of the request, it is a call that
+// streams, where each side may be silent for as long as it likes.
+func isGRPC(r *message.Request) bool {
+	const kind = "application/grpc"
+	v := r.Get(message.ContentType)
+	return len(v) >= len(kind) && message.EqualFold(v[:len(kind)], kind)
 }
 
 func isEventStream(r *message.Response) bool {

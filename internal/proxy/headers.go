@@ -30,7 +30,7 @@ var (
 // ours reports whether a field says who a client is: one that a client may not
 // set.
 func ours(id message.ID) bool {
-	switch id {
+	switch id { //nolint:exhaustive // all others do not
 	case message.Forwarded, message.XRealIP, message.XRequestID, message.XForwardedFor, message.XForwardedHost,
 		message.XForwardedPort, message.XForwardedProto, message.Disguised:
 		return true

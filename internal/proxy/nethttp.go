@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -243,7 +244,7 @@ func (x *httpExchange) ReadBody(p []byte) (int, error) {
 	n, err := x.r.Body.Read(p)
 	if err != nil {
 		x.mu.Lock()
-		x.ended = err == io.EOF //nolint:errorlint // readers return it bare
+		x.ended = err == io.EOF
 		if !x.stopped {
 			_ = x.rc.SetReadDeadline(time.Time{})
 		}
@@ -323,9 +324,7 @@ func (x *httpExchange) Inform(status int, fields []message.Field) error {
 	delete(h, "Content-Type")
 	x.w.WriteHeader(status)
 	clear(h)
-	for name, values := range before {
-		h[name] = values
-	}
+	maps.Copy(h, before)
 	return nil
 }
 
@@ -430,7 +429,7 @@ func (x *httpExchange) hijackHead(r *message.Response) error {
 	}
 	s := &hijacked{Conn: conn, limit: x.f.limits.Write}
 	if n := brw.Reader.Buffered(); n > 0 {
-		s.before, _ = brw.Reader.Peek(n)
+		s.before, _ = brw.Peek(n)
 	}
 	_ = conn.SetDeadline(time.Time{})
 	b := []byte("HTTP/1.1 101 Switching Protocols\r\n")
@@ -475,7 +474,7 @@ func (h *hijacked) Read(p []byte) (int, error) {
 
 // Write writes, in time.
 func (h *hijacked) Write(p []byte) (int, error) {
-	_ = h.Conn.SetWriteDeadline(time.Now().Add(h.limit))
+	_ = h.SetWriteDeadline(time.Now().Add(h.limit))
 	return h.Conn.Write(p)
 }
 
@@ -484,5 +483,5 @@ func (h *hijacked) CloseWrite() error {
 	if c, ok := h.Conn.(interface{ CloseWrite() error }); ok && c.CloseWrite() == nil {
 		return nil
 	}
-	return h.Conn.Close()
+	return h.Close()
 }

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -248,4 +249,27 @@ func TestFullQueueOfAUnixSocketIsWaitedFor(t *testing.T) {
 	check0(t, err)
 	defer ipc.FD(accepted).Close()
 	check0(t, <-done)
+}
+
+// A call that streams in both directions may be silent for as long as it likes.
+func TestCallThatStreamsMayPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := piped(t, func(w http.ResponseWriter, r *http.Request) {
+			_ = http.NewResponseController(w).EnableFullDuplex()
+			_ = http.NewResponseController(w).Flush()
+			b, err := io.ReadAll(r.Body)
+			_, _ = fmt.Fprint(w, string(b), err)
+		})
+		_, err := io.WriteString(c, "POST / HTTP/1.1\r\nHost: blog.test\r\nContent-Type: application/grpc+proto\r\nContent-Length: 6\r\n\r\nabc")
+		check0(t, err)
+		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+		check0(t, err)
+		time.Sleep(10 * limits.Body)
+		_, err = io.WriteString(c, "def")
+		check0(t, err)
+		b, err := io.ReadAll(resp.Body)
+		if string(b) != "abcdef<nil>" || err != nil {
+			t.Errorf("got %q, %v", b, err)
+		}
+	})
 }

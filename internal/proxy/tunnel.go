@@ -112,7 +112,7 @@ func pump(from io.Reader, to func([]byte) error) error {
 				return werr
 			}
 		}
-		if err == io.EOF { //nolint:errorlint // readers return it bare
+		if err == io.EOF {
 			return nil
 		}
 		if err != nil {

@@ -533,7 +533,7 @@ func (c *conn) look(clock int64, every time.Duration) {
 // lookAtBody ends a wait for a body that takes too long.
 func (c *conn) lookAtBody(clock int64, every time.Duration) {
 	began := c.reading.Load()
-	if began == 0 {
+	if began == 0 || c.lasts.Load() {
 		return
 	}
 	l := &c.srv.Limits

@@ -185,7 +185,7 @@ type Exchange interface {
 	Tunnel() (Stream, error)
 
 	// Lasts says that the exchange is a stream, which may take hours: the connection
-	// no longer counts as busy for it.
+	// no longer counts as busy for it, and its body may pause.
 	Lasts()
 	// Watch has w told once, from another goroutine, when the client has gone while
 	// the handler is at work; at once if it has already. Nil takes it off: once
