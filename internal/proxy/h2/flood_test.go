@@ -284,8 +284,9 @@ func TestResetsThatNobodyReadsAreBounded(t *testing.T) {
 			}
 		}()
 		most := time.Duration(MaxControl/(headerSize+8)-ResetBurst) * time.Second / ResetRate
-		if took := time.Since(from); took < most-time.Second || took > most+time.Second {
-			t.Errorf("they went on for %v, want %v", took, most)
+		// How many a write that is under way has taken before is the scheduler's matter.
+		if took := time.Since(from); took < most-time.Second || took > 2*most {
+			t.Errorf("they went on for %v, want %v or a little more", took, most)
 		}
 	})
 }
