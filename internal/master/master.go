@@ -238,14 +238,6 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 	if err := makeTree(s.layout); err != nil {
 		return nil, err
 	}
-	if err := removeProfiles(s.layout.Profiles()); err != nil { // each proxy gets one of its own
-		return nil, err
-	}
-	s.undo = append(s.undo, func() {
-		if err := removeProfiles(s.layout.Profiles()); err != nil {
-			s.log.Warn("profiling socket not taken away", logging.Err, err)
-		}
-	})
 	s.recallState()
 	s.groups = s.makeGroups()
 	if st == nil && s.groups.pid == os.Getpid() { // else others may have to go on with them
@@ -270,6 +262,14 @@ func (s *server) open(ctx context.Context, c Config, st *state) (mgmt *net.UnixL
 		s.kept.store.Close()
 		s.kept.store = nil
 	}
+	if err := removeProfiles(s.layout.Profiles()); err != nil { // each proxy gets one of its own
+		return nil, err
+	}
+	s.undo = append(s.undo, func() {
+		if err := removeProfiles(s.layout.Profiles()); err != nil {
+			s.log.Warn("profiling socket not taken away", logging.Err, err)
+		}
+	})
 	if !s.follows() {
 		close(s.owned)
 	}
