@@ -59,9 +59,9 @@ func TestUpgradeLockOutlivesReloadsAndDeaths(t *testing.T) {
 	if _, err := second.Ask("enter_upgrading", fields{"owner": "two", "force": true}); err != nil {
 		t.Fatal(err)
 	}
-	if logged(second, "upgrade lock taken over") != 1 || logged(second, "owner=two force=true") != 1 {
-		t.Error("that it was taken by force is not in the log")
-	}
+	until(t, takotest.StartWait, "that it was taken by force is in the log", func() bool { // which comes by a pipe
+		return logged(second, "upgrade lock taken over") == 1 && logged(second, "owner=two force=true") == 1
+	})
 	_, err := second.Ask("exit_upgrading", fields{"owner": "one"})
 	wantError(t, second, "the owner before", err, `Failed to exit upgrading mode: owner does not hold the upgrade lock\.`)
 	if _, err := second.Ask("exit_upgrading", fields{"owner": "two"}); err != nil {
