@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -372,4 +373,35 @@ func TestWhatIsKeptIsNotBelieved(t *testing.T) {
 		})
 		t.Logf("%s: %s", of, time.Since(began).Round(time.Millisecond))
 	}
+}
+
+// TestMasterKilledInAReloadWithAStoreFailsNothing: two proxies may be there then,
+// and two agents of which one holds what the other has.
+func TestMasterKilledInAReloadWithAStoreFailsNothing(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{Manager: true})
+	deploy(t, s, "blog", "1", quick(nil), "-chatter", "1ms")
+	before := instancePIDs(t, s, "blog")
+	l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 8, Pause: 10 * time.Millisecond, Once: true})
+	defer l.Stop()
+	for _, moment := range moments() {
+		until(t, 90*time.Second, "one proxy and one agent", func() bool {
+			info, ok := reloadInfo(s)
+			return ok && len(children(info, "tako-proxy", "ready")) == 1 && len(children(info, "tako-agent", "ready")) == 1
+		})
+		if err := s.Signal(s.PID(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(moment) // a moment, not a result
+		dieAndComeBack(t, s)
+		if now := instancePIDs(t, s, "blog"); !slices.Equal(now, before) {
+			t.Fatalf("killed after %s: instances %v, before %v", moment, now, before)
+		}
+	}
+	noFailures(t, fmt.Sprintf("kill -9 tako-master in %d reloads, its descriptors kept", len(moments())), l, "the same instances")
+	settled(t, s)
+	if n := len(s.Processes()); n != 5 {
+		t.Errorf("%d processes: %v", n, s.Processes())
+	}
+	chatters(t, s, "blog")
 }
