@@ -3,6 +3,7 @@ package h2
 import (
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/net/http2"
@@ -272,6 +273,10 @@ func TestResetsThatNobodyReadsAreBounded(t *testing.T) {
 	inTime(t, func(t *testing.T) {
 		p := serve(t, func(message.Exchange) { t.Error("a handler was called") })
 		p.gate <- struct{}{}
+		for range 2 { // the peer takes one frame at most; the next write waits
+			p.do(p.fr.WritePing(false, [8]byte{}))
+			synctest.Wait()
+		}
 		from := time.Now()
 		func() {
 			defer unfork()

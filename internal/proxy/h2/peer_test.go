@@ -78,11 +78,14 @@ type peer struct {
 	stash  []event       // what came and nobody asked for
 }
 
+// backlog is how many frames a peer reads ahead of its test.
+const backlog = 1 << 12
+
 // quietly makes a connection that has said nothing.
 func quietly(t testing.TB, srv *Server) *peer {
 	t.Helper()
 	near, far := net.Pipe()
-	p := &peer{t: t, block: new(bytes.Buffer), srv: srv, nc: near, fr: http2.NewFramer(near, near), events: make(chan event, 1<<16), served: make(chan struct{}), gate: make(chan struct{}, 1)}
+	p := &peer{t: t, block: new(bytes.Buffer), srv: srv, nc: near, fr: http2.NewFramer(near, near), events: make(chan event, backlog), served: make(chan struct{}), gate: make(chan struct{}, 1)}
 	p.fr.AllowIllegalWrites = true
 	p.enc = hpack.NewEncoder(p.block)
 	go func() {
