@@ -592,3 +592,33 @@ func TestASecondServerOfAnotherSchema(t *testing.T) {
 	deploy(t, first, "blog", "2", quick(nil))
 	answers(t, first, "blog", "2")
 }
+
+// TestAnOwnerWhomAServiceManagerBringsBackKeepsItsPlace: its lock was kept, so
+// that the second waits, and finds it again.
+func TestAnOwnerWhomAServiceManagerBringsBackKeepsItsPlace(t *testing.T) {
+	t.Parallel()
+	first := begin(t, takotest.Options{Manager: true})
+	deploy(t, first, "blog", "1", quick(nil))
+	second := startBeside(t, first)
+	l := first.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 16, Pause: 5 * time.Millisecond})
+	defer l.Stop()
+	for range 2 {
+		if err := first.Die(); err != nil {
+			t.Fatal(err)
+		}
+		if err := first.Start(); err != nil {
+			t.Fatal(err)
+		}
+		until(t, takotest.StartWait, "they have found each other", func() bool {
+			a, ok1 := serverInfo(first)
+			b, ok2 := serverInfo(second)
+			return ok1 && ok2 && a.Role == management.RoleOwner && a.FollowerPID != nil && *a.FollowerPID == second.PID() &&
+				b.Role == management.RoleFollower && b.OwnerPID == first.PID()
+		})
+	}
+	deploy(t, first, "blog", "2", quick(nil))
+	answers(t, first, "blog", "2")
+	if r := l.Stop(); r.Failures > 0 {
+		t.Errorf("%v", r)
+	}
+}
