@@ -120,6 +120,14 @@ func heading(out io.Writer, targets []string, first string, more ...string) {
 	fmt.Fprintf(out, "| %s |\n|%s\n", strings.Join(names, " | "), strings.Repeat("---|", len(names)))
 }
 
+// figure prints one number, if there is one.
+func figure(format string, of float64) string {
+	if math.IsNaN(of) {
+		return "–"
+	}
+	return fmt.Sprintf(format, of)
+}
+
 // spread is a median and its range.
 func spread(all []float64) string {
 	switch {
@@ -190,7 +198,7 @@ func (t table) more(out io.Writer, o *options, failed, missed []string) ([]strin
 				if target == "tako" && kib > w.memory.reach {
 					missed = append(missed, fmt.Sprintf("%s: %.1f KiB, to reach %.0f", w.name, kib, w.memory.reach))
 				}
-				return fmt.Sprintf("%.1f", kib)
+				return figure("%.1f", kib)
 			}, fmt.Sprintf("≤ %.0f", w.memory.reach))
 		case w.alone:
 			v := o.views[len(o.views)-1]
@@ -199,7 +207,7 @@ func (t table) more(out io.Writer, o *options, failed, missed []string) ([]strin
 				if target == "tako" && mib > w.memory.reach {
 					missed = append(missed, fmt.Sprintf("%s: %.0f MiB, to reach %.0f", w.name, mib, w.memory.reach))
 				}
-				return fmt.Sprintf("%.0f", mib)
+				return figure("%.0f", mib)
 			}, fmt.Sprintf("≤ %.0f", w.memory.reach))
 			line("their p99, ratio to "+reference, func(target string) string {
 				return spread(t.ratios(v, w.name, target, reference, p99Of))
@@ -209,7 +217,7 @@ func (t table) more(out io.Writer, o *options, failed, missed []string) ([]strin
 	for _, w := range []string{"hosts", "hosts-one"} {
 		if has("h1") && has(w) && slices.Contains(o.views, cpuView) {
 			line("processor time of "+w+", ratio to its own of h1", func(target string) string {
-				return fmt.Sprintf("%.2f", median(t.each(cpuView, w, target, cpuOf))/median(t.each(cpuView, "h1", target, cpuOf)))
+				return figure("%.2f", median(t.each(cpuView, w, target, cpuOf))/median(t.each(cpuView, "h1", target, cpuOf)))
 			}, "≤ 1.05")
 		}
 	}
