@@ -56,14 +56,18 @@ func TestMasterKilledInAReloadLeavesNothing(t *testing.T) {
 // what it has to be. Then it starts the server again.
 func endInReload(t *testing.T, s *takotest.Server, moment time.Duration, sig syscall.Signal) {
 	t.Helper()
-	pid := s.PID()
+	master, err := os.FindProcess(s.PID()) // a handle: in an exec it cannot be told that it is ours
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer master.Release()
 	asked := strings.Count(logOf(t, s, "blog"), "asked to stop")
-	if err := s.Signal(pid, syscall.SIGHUP); err != nil {
+	if err := master.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
 	time.Sleep(moment) // a moment, not a result
-	for s.Signal(pid, sig) != nil {
-		time.Sleep(100 * time.Microsecond) // in the middle of an exec it is not known
+	if err := master.Signal(sig); err != nil {
+		t.Fatal(err)
 	}
 	if _, err := s.Exit(); err != nil {
 		t.Fatalf("%v after %s: %v", sig, moment, err)

@@ -186,12 +186,16 @@ func Run(ctx context.Context, c Config, version string, signals Signals, log hcl
 		return err
 	}
 	defer s.kept.store.Close()
-	mgmt, err := s.open(ctx, c, st)
+	opening := ctx
+	if st != nil { // a wish to stop is no reason to go back: it is heard once we can
+		opening = context.WithoutCancel(ctx)
+	}
+	mgmt, err := s.open(opening, c, st)
 	if err != nil {
 		if st == nil {
 			return err
 		}
-		return s.goBack(st, err)
+		return s.goBack(ctx, st, err)
 	}
 	go func() {
 		for range signals.Reload {
@@ -202,8 +206,8 @@ func Run(ctx context.Context, c Config, version string, signals Signals, log hcl
 }
 
 // goBack executes the program that handed over to us again, once: its children
-// and apps wait for somebody.
-func (s *server) goBack(st *state, why error) error {
+// and apps wait for somebody. Asked to stop it ends instead, and they with it.
+func (s *server) goBack(ctx context.Context, st *state, why error) error {
 	if st.Back != "" {
 		return fmt.Errorf("neither the new program nor the old one can go on: %s; %w", st.Back, why)
 	}
@@ -214,7 +218,7 @@ func (s *server) goBack(st *state, why error) error {
 	}
 	fd, err := handoff.Save(st)
 	if err == nil {
-		err = handoff.Exec(st.Program, os.Args, fd, st.fds(), func() error { return nil })
+		err = handoff.Exec(st.Program, os.Args, fd, st.fds(), ctx.Err)
 	}
 	return errors.Join(why, err)
 }
@@ -436,7 +440,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) e
 	defer endAgent()
 	var agents, proxies, rest, commands sync.WaitGroup
 	if err := s.adoptChildren(proxying, &proxies, st); err != nil {
-		return s.goBack(st, err)
+		return s.goBack(ctx, st, err)
 	}
 	s.goOnWithSurvivors(proxying, &proxies)
 	defer s.hangUp()
