@@ -191,6 +191,7 @@ type instanceStatus struct {
 	Process string `json:"process"`
 	State   string `json:"state"`
 	PID     int    `json:"pid"`
+	Port    int    `json:"port"`
 }
 
 func status(t *testing.T, s *takotest.Server, app string) appStatus {

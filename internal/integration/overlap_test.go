@@ -234,6 +234,12 @@ func follows(t *testing.T, first, second *takotest.Server) {
 	if mine == 0 || others == 0 {
 		t.Errorf("%d answers by the second and %d by the first, want both", mine, others)
 	}
+	// On ports that are shifted by the offset, below 20000 + 40 for the first's first app.
+	for _, in := range status(t, second, "blog").Instances {
+		if in.Port < 21000 || in.Port >= 21040 {
+			t.Errorf("instance %d of the second has port %d, want one from 21000 on", in.ID, in.Port)
+		}
+	}
 	// It refuses changes and says whose they are.
 	for _, command := range []string{"stop", "delete", "restart"} {
 		_, err := second.Ask(command, map[string]any{"app": "blog"})
