@@ -46,7 +46,7 @@ func TestGRPCPassesThrough(t *testing.T) {
 			_, _ = w.Write(b[:n])
 			_ = rc.Flush()
 			if err != nil {
-				w.Header().Set("Grpc-Status", fmt.Sprintf("%s %s %v", r.Proto, r.Header.Get("Te"), err == io.EOF))
+				w.Header().Set("Grpc-Status", fmt.Sprintf("%s %s %v %s", r.Proto, r.Header.Get("Te"), err == io.EOF, r.Trailer.Get("X-Sum")))
 				return
 			}
 		}
@@ -57,6 +57,7 @@ func TestGRPCPassesThrough(t *testing.T) {
 	req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://blog.test/pkg.Service/Method", pr)
 	req.Header.Set("Content-Type", "application/grpc")
 	req.Header.Set("Te", "trailers")
+	req.Trailer = http.Header{"X-Sum": {"42"}} // net/http passes on only those that were announced
 	go func() { _, _ = io.WriteString(pw, "one") }()
 	resp, err := m.client(true, roots).Do(req)
 	check0(t, err)
@@ -77,7 +78,7 @@ func TestGRPCPassesThrough(t *testing.T) {
 	check0(t, pw.Close())
 	_, err = io.ReadAll(resp.Body)
 	check0(t, err)
-	if got := resp.Trailer.Get("Grpc-Status"); resp.ProtoMajor != 2 || resp.Header.Get("Content-Type") != "application/grpc" || got != "HTTP/2.0 trailers true" {
+	if got := resp.Trailer.Get("Grpc-Status"); resp.ProtoMajor != 2 || resp.Header.Get("Content-Type") != "application/grpc" || got != "HTTP/2.0 trailers true 42" {
 		t.Errorf("%s, %v, trailer %q", resp.Proto, resp.Header, got)
 	}
 }

@@ -72,7 +72,7 @@ func (fl *flight) requestFields(r *message.Request, c client) (id []byte) {
 			continue
 		}
 		switch {
-		case f.ID.Hop(), f.ID == message.Proxy: // CGI takes Proxy for HTTP_PROXY
+		case f.ID.Hop() && f.ID != message.Trailer, f.ID == message.Proxy: // what of Trailer goes on is upstream's to say; CGI takes Proxy for HTTP_PROXY
 			continue
 		case r.Nominates && h1.Nominated(r.Fields, f):
 			continue
