@@ -14,7 +14,7 @@ FUZZTIME ?= 30s
 BENCHTIME ?= 1s
 BENCH    ?=
 # The tests that soak runs.
-SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps
+SOAK ?= NoRequestFails|InTime|DeadInstance|HungInstance|CrashLoop|Burst|ColdStart|ManyApps|Floods|BadApps|DataPath
 # The tests that torture runs, in the order of their files.
 TORTURE ?= Reload|Storm|AKilledProxy|AKilledAgent|NewProxy|WaitingConnections|ManagementSocket|NewImage|TwoImages|FreshStart|FollowedLogsGoOnThrough|KillingTheMaster|MasterThatDies|MasterKilledAgain|EmptiedStore|ChildrenOfAnotherVersion|Fire|FullDisk|PowerCut|SecondServer|TheSecond|TwoServers
 

@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"cmp"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -95,7 +96,7 @@ func main() {
 }
 
 // passOn gives each connection of l to address, in both directions until both
-// have ended.
+// have ended. A reset on one side is one on the other, where TCP is spoken.
 func passOn(l net.Listener, address string) {
 	for {
 		from, err := l.Accept()
@@ -111,7 +112,11 @@ func passOn(l net.Listener, address string) {
 			defer to.Close()
 			done := make(chan struct{}, 2)
 			pass := func(to, from net.Conn) {
-				io.Copy(to, from)
+				_, err := io.Copy(to, from)
+				if tcp, ok := to.(*net.TCPConn); ok && errors.Is(err, syscall.ECONNRESET) {
+					tcp.SetLinger(0)
+					tcp.Close()
+				}
 				if half, ok := to.(interface{ CloseWrite() error }); ok {
 					half.CloseWrite()
 				}
