@@ -26,8 +26,11 @@ import (
 )
 
 // Prefix begins the name of everything that is kept: what has another name comes
-// from a socket unit.
-const Prefix = "tako-"
+// from a socket unit, as does what ends like the name of one.
+const (
+	Prefix     = "tako-"
+	unitSuffix = ".socket"
+)
 
 // The limits of what is kept.
 const (
@@ -104,14 +107,15 @@ func (s *Store) Close() {
 }
 
 // ValidName reports whether a name can be given to the service manager: Prefix
-// and then printable ASCII but no colon, MaxName bytes at most.
+// and then printable ASCII but no colon, MaxName bytes at most, and not the name
+// of a socket unit, which is what its sockets are called that have no other.
 func ValidName(name string) bool {
 	for i := range len(name) {
 		if name[i] <= ' ' || name[i] >= 0x7f || name[i] == ':' {
 			return false
 		}
 	}
-	return strings.HasPrefix(name, Prefix) && len(name) <= MaxName
+	return strings.HasPrefix(name, Prefix) && !strings.HasSuffix(name, unitSuffix) && len(name) <= MaxName
 }
 
 // Names returns what is kept, sorted.
@@ -271,7 +275,7 @@ func Sort(names []string, first int) (kept Passed, units map[ipc.FD]string) {
 	for i, name := range names {
 		fd := ipc.FD(first + i)
 		unix.CloseOnExec(int(fd))
-		if !strings.HasPrefix(name, Prefix) {
+		if !strings.HasPrefix(name, Prefix) || strings.HasSuffix(name, unitSuffix) {
 			units[fd] = name
 			continue
 		}

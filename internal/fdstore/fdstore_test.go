@@ -168,7 +168,7 @@ func TestServiceManagerThatIsGoneIsSaidOnce(t *testing.T) {
 func TestNamesThatTheServiceManagerRefusesAreNotGiven(t *testing.T) {
 	for name, want := range map[string]bool{
 		"tako-proxy-1-channel": true, Prefix + strings.Repeat("a", MaxName-len(Prefix)): true,
-		"proxy": false, "tako-a:b": false, "tako-a\nb": false, "tako-ü": false, "tako- ": false, "": false,
+		"tako-http.socket": false, "proxy": false, "tako-a:b": false, "tako-a\nb": false, "tako-ü": false, "tako- ": false, "": false,
 		Prefix + strings.Repeat("a", MaxName): false,
 	} {
 		if ValidName(name) != want {
@@ -182,7 +182,7 @@ func TestNamesThatTheServiceManagerRefusesAreNotGiven(t *testing.T) {
 }
 
 func TestWhatIsPassedIsToldApartByName(t *testing.T) {
-	var fds [4]int
+	var fds [5]int
 	for i := range fds {
 		fd, err := unix.Open(os.DevNull, unix.O_RDONLY, 0)
 		if err != nil {
@@ -190,11 +190,12 @@ func TestWhatIsPassedIsToldApartByName(t *testing.T) {
 		}
 		fds[i] = fd
 	}
-	if fds[3] != fds[0]+3 {
+	if fds[4] != fds[0]+4 {
 		t.Skip("the descriptors are not in a row")
 	}
-	kept, units := Sort([]string{"http", "tako-a", "tako-b", "tako-a"}, fds[0])
-	if len(units) != 1 || units[ipc.FD(fds[0])] != "http" {
+	defer ipc.FD(fds[4]).Close()
+	kept, units := Sort([]string{"http", "tako-a", "tako-b", "tako-a", "tako-https.socket"}, fds[0])
+	if len(units) != 2 || units[ipc.FD(fds[0])] != "http" || units[ipc.FD(fds[4])] != "tako-https.socket" {
 		t.Errorf("from units: %v", units)
 	}
 	if fd := kept.Take("tako-a"); fd != ipc.FD(fds[3]) {
