@@ -97,13 +97,17 @@ func Open(names []string, log hclog.Logger) (*Store, error) {
 	return s, nil
 }
 
-// Close waits until everything was sent, and forgets the store, which stays.
+// Close waits until everything was sent, and forgets the store, which stays. It
+// may come twice; nothing else may come after it.
 func (s *Store) Close() {
 	if s == nil {
 		return
 	}
 	s.Flush()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.fd.Close()
+	s.fd = 0
 }
 
 // ValidName reports whether a name can be given to the service manager: Prefix
