@@ -42,6 +42,9 @@ type conn struct {
 
 	waitFn  func(uintptr) bool // reads into a new in
 	waitErr error
+	sendFn  func(uintptr) bool // writes unsent
+	unsent  []byte
+	sendErr error
 	one     [1]byte // of wait
 
 	// What the sweeps look at.
@@ -78,7 +81,7 @@ func newConn(s *Server, nc net.Conn, client *message.Client) *conn {
 	c.plain = c.raw != nil && c.sock == nc
 	c.tcp, _ = nc.(*net.TCPConn)
 	if c.plain {
-		c.waitFn = c.tryRead
+		c.waitFn, c.sendFn = c.tryRead, c.trySend
 	}
 	return c
 }
@@ -376,9 +379,37 @@ func (c *conn) drop(reset bool) {
 // write sends b.
 func (c *conn) write(b []byte) error {
 	c.writing.Store(c.srv.clock.Load())
-	_, err := c.nc.Write(b)
+	var err error
+	if c.plain {
+		c.unsent, c.sendErr = b, nil
+		if err = c.raw.Write(c.sendFn); err == nil {
+			err = c.sendErr
+		}
+		c.unsent = nil
+	} else {
+		_, err = c.nc.Write(b)
+	}
 	c.writing.Store(0)
 	return err
+}
+
+// trySend writes as much of unsent as there is room for, and reports false if
+// that is not all. The socket never blocks, so the scheduler need not be told.
+func (c *conn) trySend(fd uintptr) bool {
+	for len(c.unsent) > 0 {
+		n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, fd, uintptr(unsafe.Pointer(&c.unsent[0])), uintptr(len(c.unsent)))
+		switch errno {
+		case 0:
+			c.unsent = c.unsent[n:]
+		case syscall.EINTR:
+		case syscall.EAGAIN:
+			return false
+		default:
+			c.sendErr = errno
+			return true
+		}
+	}
+	return true
 }
 
 // handle has the request answered.
@@ -487,8 +518,8 @@ func (c *conn) pending() bool {
 	return p.readable && !p.fin && !p.reset
 }
 
-// unsent reports whether the client has yet to take something that was sent.
-func (c *conn) unsent() bool {
+// untaken reports whether the client has yet to take something that was sent.
+func (c *conn) untaken() bool {
 	unsent := true
 	_ = c.raw.Control(func(fd uintptr) {
 		if n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
@@ -522,7 +553,7 @@ func (c *conn) look(clock int64, every time.Duration) {
 	case tunneling, closing, expired:
 	}
 	if began := c.writing.Load(); began != 0 && over(began, l.Write) {
-		if c.splicing.Load() && !c.unsent() {
+		if c.splicing.Load() && !c.untaken() {
 			c.writing.CompareAndSwap(began, clock) // the app is slow, not the client
 			return
 		}

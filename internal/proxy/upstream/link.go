@@ -6,6 +6,7 @@ import (
 	"net"
 	"syscall"
 	"time"
+	"unsafe"
 )
 
 // deadlineSlack is how late the deadlines of a connection may be: they are set
@@ -105,7 +106,7 @@ func (l *link) steps(fd uintptr) bool {
 		fallthrough
 	case stepWrite:
 		l.next = stepRead
-		n, err := retried(syscall.Write, int(fd), l.out)
+		n, err := retried(syscall.SYS_WRITE, fd, l.out)
 		if err == syscall.EAGAIN { //nolint:errorlint // an Errno
 			n, err = 0, nil
 		}
@@ -115,7 +116,7 @@ func (l *link) steps(fd uintptr) bool {
 		l.err = err
 		return err != nil
 	}
-	n, err := retried(syscall.Read, int(fd), l.in)
+	n, err := retried(syscall.SYS_READ, fd, l.in)
 	if err == syscall.EAGAIN { //nolint:errorlint // an Errno
 		return false
 	}
@@ -126,12 +127,20 @@ func (l *link) steps(fd uintptr) bool {
 	return true
 }
 
-// retried calls f until no signal came between.
-func retried(f func(int, []byte) (int, error), fd int, b []byte) (int, error) {
+// retried reads into b, or writes it, until no signal comes between. The socket
+// never blocks, so the scheduler need not be told of the call.
+func retried(call, fd uintptr, b []byte) (int, error) {
+	if len(b) == 0 {
+		return 0, nil
+	}
 	for {
-		n, err := f(fd, b)
-		if err != syscall.EINTR { //nolint:errorlint // an Errno
-			return max(n, 0), err
+		n, _, errno := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
+		switch errno {
+		case 0:
+			return int(n), nil
+		case syscall.EINTR:
+		default:
+			return 0, errno
 		}
 	}
 }

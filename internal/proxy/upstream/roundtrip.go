@@ -6,11 +6,15 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"time"
 
 	"tako/internal/proxy/h1"
 	"tako/internal/proxy/message"
 )
+
+// addedFields is the room for what the reader of an answer adds to its fields.
+const addedFields = 4
 
 // MaxInterim bounds the 1xx answers before the answer.
 const MaxInterim = 16
@@ -226,6 +230,7 @@ func (in *Incoming) interim() {
 
 // begin makes the answer ready for its reader.
 func (in *Incoming) begin() error {
+	in.head.Fields = slices.Grow(in.head.Fields, addedFields) // which is kept from one answer to the next
 	in.Response = in.head.Response
 	in.Unsent = in.s.headCame()
 	if in.Status == http.StatusSwitchingProtocols {
