@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -184,14 +183,10 @@ func TestNamesThatTheServiceManagerRefusesAreNotGiven(t *testing.T) {
 func TestWhatIsPassedIsToldApartByName(t *testing.T) {
 	var fds [5]int
 	for i := range fds {
-		fd, err := unix.Open(os.DevNull, unix.O_RDONLY, 0)
-		if err != nil {
+		fds[i] = 200 + i // in a row, and nobody else's
+		if err := unix.Dup3(0, fds[i], 0); err != nil {
 			t.Fatal(err)
 		}
-		fds[i] = fd
-	}
-	if fds[4] != fds[0]+4 {
-		t.Skip("the descriptors are not in a row")
 	}
 	defer ipc.FD(fds[4]).Close()
 	kept, units := Sort([]string{"http", "tako-a", "tako-b", "tako-a", "tako-https.socket"}, fds[0])
