@@ -141,7 +141,7 @@ func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 	served := c
 	if ok && client.Secure {
 		_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
-		t := tls.Server(c, f.tls)
+		t := tls.Server(tlsSocketOf(c), f.tls)
 		err := t.HandshakeContext(context.Background()) // the deadline ends it
 		_ = c.SetDeadline(time.Time{})
 		served = t
