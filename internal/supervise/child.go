@@ -26,6 +26,11 @@ import (
 // somebody else still holds the pipe.
 const relayGrace = 2 * time.Second
 
+// OutputRoom is how many bytes of log a child can write while nobody reads, as
+// between two tako-masters, before it waits. It is asked of the system, which may
+// give less.
+const OutputRoom = 1 << 20
+
 // inherited are the names of the master's environment that children get.
 var inherited = []string{"PATH", "LANG", "TZ"}
 
@@ -105,6 +110,7 @@ func Start(spec Spec, log hclog.Logger) (_ *Child, err error) {
 		return fail(err)
 	}
 	defer w.Close()
+	_, _ = unix.FcntlInt(w.Fd(), unix.F_SETPIPE_SZ, OutputRoom) // less will do
 	defer func() {
 		if err != nil {
 			_ = output.Close()

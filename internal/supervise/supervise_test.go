@@ -145,6 +145,17 @@ func TestChildGetsItsChannelAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	c, rep := start(t, log, nil, "-log-level", "info")
+	raw, err := c.output.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := raw.Control(func(fd uintptr) {
+		if room, err := unix.FcntlInt(fd, unix.F_GETPIPE_SZ, 0); err != nil || room != OutputRoom && os.Geteuid() == 0 {
+			t.Errorf("room for %d bytes of log, want %d: %v", room, OutputRoom, err)
+		}
+	}); err != nil {
+		t.Error(err)
+	}
 	if want := []string{"A=1", "TZ=UTC", noSleep, "PATH=/usr/bin:/bin", "LANG=C"}; !slices.Equal(rep.Env, want) {
 		t.Errorf("environment %q, want %q", rep.Env, want)
 	}
