@@ -16,6 +16,10 @@ import (
 // for streams is over.
 const CloseTime = time.Second
 
+// HalfTime is how long a client may go on after the instance has ended its half
+// of a tunnel.
+const HalfTime = 60 * time.Second
+
 // tunnel is a connection with a client and one with an instance whose bytes are
 // passed on as they are.
 type tunnel struct {
@@ -24,9 +28,12 @@ type tunnel struct {
 	// frames follows what goes to the client; nil if it is no WebSocket.
 	frames *frames
 
-	mu      sync.Mutex // held over each write to the client
-	closing bool       // guarded by mu: a Close frame goes out after the frame under way
-	closed  bool       // guarded by mu: it did, and nothing may follow
+	mu sync.Mutex // held over each write to the client
+	// The close that comes if the client does not take a proper one; guarded by mu.
+	late       *time.Timer
+	lateClosed chan struct{}
+	closing    bool // guarded by mu: a Close frame goes out after the frame under way
+	closed     bool // guarded by mu: it did, and nothing may follow
 }
 
 // tunnel passes bytes in both directions until both have ended, or the flight is
@@ -56,8 +63,20 @@ func (h *handler) tunnel(fl *flight, in *upstream.Incoming, id []byte) {
 	if isWebSocket {
 		t.frames = &frames{}
 	}
-	stop := context.AfterFunc(fl.Context(), func() { t.end(errors.Is(fl.Cause(), errCut)) })
-	defer stop()
+	ended := make(chan struct{})
+	stop := context.AfterFunc(fl.Context(), func() {
+		defer close(ended)
+		t.end(errors.Is(fl.Cause(), errCut))
+	})
+	// Nothing of the exchange may be touched once the handler has returned: what is
+	// under way, or to come, is waited for or called off.
+	defer func() {
+		t.close()
+		if !stop() {
+			<-ended
+		}
+		t.forget()
+	}()
 
 	up := make(chan struct{})
 	go func() {
@@ -73,7 +92,24 @@ func (h *handler) tunnel(fl *flight, in *upstream.Incoming, id []byte) {
 	} else if t.client.CloseWrite() != nil {
 		t.close()
 	}
-	<-up
+	wait := time.NewTimer(HalfTime)
+	defer wait.Stop()
+	select {
+	case <-up:
+	case <-wait.C:
+		t.close()
+		<-up
+	}
+}
+
+// forget calls off the close to come, or waits for it.
+func (t *tunnel) forget() {
+	t.mu.Lock()
+	late, closed := t.late, t.lateClosed
+	t.mu.Unlock()
+	if late != nil && !late.Stop() {
+		<-closed
+	}
 }
 
 func without(fields []message.Field, id message.ID) []message.Field {
@@ -161,9 +197,15 @@ func (t *tunnel) end(properly bool) {
 		t.close()
 		return
 	}
-	time.AfterFunc(CloseTime, t.close)
+	// Not under mu: whoever holds it may wait for the client.
+	closed := make(chan struct{})
+	late := time.AfterFunc(CloseTime, func() {
+		defer close(closed)
+		t.close()
+	})
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.late, t.lateClosed = late, closed
 	if t.closing = true; !t.closed && t.frames.between() {
 		_ = t.sayCloseLocked() // an error shows in the copying too
 	}
