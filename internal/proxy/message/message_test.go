@@ -24,11 +24,29 @@ func TestEveryNamedFieldIsFoundInAnyCase(t *testing.T) {
 	}
 }
 
-func TestNamesThatReadLikeTrustedOnesAreDisguised(t *testing.T) {
+// What has '_' for '-' in the name of any field with an ID is that field to some
+// servers.
+func TestNamesThatReadLikeOthersAreDisguised(t *testing.T) {
+	for id := Other + 1; id < Disguised; id++ {
+		name := id.String()
+		for i := range name {
+			if name[i] != '-' {
+				continue
+			}
+			for _, s := range []string{name[:i] + "_" + name[i+1:], strings.ToUpper(strings.ReplaceAll(name, "-", "_"))} {
+				if got := Lookup([]byte(s)); got != Disguised || got.InTrailer() {
+					t.Errorf("%s: %d, want %d", s, got, Disguised)
+				}
+			}
+		}
+	}
 	for name, want := range map[string]ID{
 		"X_Forwarded_For": Disguised, "x-forwarded_proto": Disguised, "X-Real_IP": Disguised, "X_Request_Id": Disguised,
-		"X-Forwarded-Ssl": Disguised, "x_forwarded_client_cert_that_is_long": Disguised,
-		"X-Forwarded": Other, "X_Custom": Other, "F": Other, "xforwardedfor-0": Other, "Forwarde_": Other,
+		"Transfer_Encoding": Disguised, "content_length": Disguised, "Proxy_Authorization": Disguised,
+		"X-Forwarded": Disguised, "x_forwarded": Disguised, "X-Forwarded-Ssl": Disguised, "x_forwarded_client_cert_that_is_long": Disguised,
+		"X-Forwardedly": Other, "X-Forwarde": Other, "X_Custom": Other, "F": Other, "_": Other, "Host_": Other, "xforwardedfor-0": Other, "Forwarde_": Other,
+		"Content_Length_": Other, "Content__Length": Other, "": Other, "a_name_that_is_longer_than_all_of_these": Other,
+		"sec_websocket_version" + "_more": Other,
 	} {
 		if got := Lookup([]byte(name)); got != want {
 			t.Errorf("%s: %d, want %d", name, got, want)

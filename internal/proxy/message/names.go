@@ -1,5 +1,7 @@
 package message
 
+import "bytes"
+
 // ID names the fields that somebody here asks for; Other is every other one.
 type ID uint8
 
@@ -49,8 +51,8 @@ const (
 	XRealIP
 	XRequestID
 
-	// Disguised is any other name that a server which takes '_' for '-' may read
-	// as one of those that say who a client is, and any other X-Forwarded-*.
+	// Disguised is any name that a server which takes '_' for '-' reads as one of
+	// those above, and X-Forwarded and any other X-Forwarded-*.
 	Disguised
 
 	ids
@@ -87,12 +89,8 @@ var byLength = func() (by [longestName + 1][]ID) {
 
 // Lookup returns the ID of a field name of any case.
 func Lookup(name []byte) ID {
-	if len(name) <= longestName {
-		for _, id := range byLength[len(name)] {
-			if EqualFold(name, names[id]) {
-				return id
-			}
-		}
+	if id := lookup(name); id != Other {
+		return id
 	}
 	if disguised(name) {
 		return Disguised
@@ -100,32 +98,41 @@ func Lookup(name []byte) ID {
 	return Other
 }
 
-// disguised: it reads as a name that tells of the client, with '_' for '-', or
-// is an X-Forwarded- of no ID.
-func disguised(name []byte) bool {
-	if len(name) < len("x-real-ip") {
-		return false
-	}
-	if c := name[0] | 0x20; c != 'x' && c != 'f' {
-		return false
-	}
-	under := false
-	var buf [longestName]byte
-	n := min(len(name), len(buf))
-	for i := range n {
-		c := name[i]
-		if c == '_' {
-			c, under = '-', true
+// lookup finds name as it stands.
+func lookup(name []byte) ID {
+	if len(name) <= longestName {
+		for _, id := range byLength[len(name)] {
+			if EqualFold(name, names[id]) {
+				return id
+			}
 		}
-		buf[i] = lower[c]
 	}
-	folded := buf[:n]
-	const prefix = "x-forwarded-"
-	if len(folded) >= len(prefix) && string(folded[:len(prefix)]) == prefix {
+	return Other
+}
+
+// disguised: name, which has no ID, has one with '-' for '_', or is an
+// X-Forwarded or X-Forwarded-* of either spelling.
+func disguised(name []byte) bool {
+	under := bytes.IndexByte(name, '_') >= 0
+	if !under && (len(name) < len(forwarded) || lower[name[0]] != forwarded[0]) {
+		return false
+	}
+	var buf [longestName]byte
+	n := copy(buf[:], name)
+	if under {
+		for i, c := range buf[:n] {
+			if c == '_' {
+				buf[i] = '-'
+			}
+		}
+	}
+	if n >= len(forwarded) && EqualFold(buf[:len(forwarded)], forwarded) && (n == len(forwarded) || buf[len(forwarded)] == '-') {
 		return true
 	}
-	return under && len(name) <= longestName && (string(folded) == "x-real-ip" || string(folded) == "x-request-id")
+	return under && n == len(name) && lookup(buf[:n]) != Other
 }
+
+const forwarded = "x-forwarded"
 
 // Hop reports whether a field of that id is about one connection only
 // (RFC 9110, 7.6.1), framing included.
