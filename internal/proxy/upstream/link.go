@@ -33,6 +33,7 @@ type state struct {
 	wrote int
 	got   int
 	err   error
+	wait  bool // after the writing, before the first look for what has come
 }
 
 const (
@@ -61,11 +62,12 @@ func newLink(c net.Conn, p *Pool) *link {
 
 // swap writes out, waits, and reads what has come into in. Look has it see first
 // whether the connection is still open and silent. The request is written where
-// a reader would look for bytes first: nothing can have come yet, so that look is
-// saved, and the goroutine parks once.
+// a reader would look for bytes first: after a look nothing can have come yet, so
+// that look is saved, and the goroutine parks once.
 //
-// What comes while it writes is not lost: the poller notes it from before the
-// first step on. What came before and was not looked for is found with the answer.
+// Nothing is slept through. The poller notes what comes from before the first step
+// on, and forgets there what it had noted: that is what the look is for, or, without
+// it, a reading right after the writing.
 func (l *link) swap(out, in []byte, look bool) (wrote, got int, err error) {
 	if l.raw == nil {
 		if n, err := l.Write(out); err != nil {
@@ -74,7 +76,7 @@ func (l *link) swap(out, in []byte, look bool) (wrote, got int, err error) {
 		got, err = l.Read(in)
 		return len(out), got, err
 	}
-	l.state = state{next: stepWrite, out: out, in: in}
+	l.state = state{next: stepWrite, out: out, in: in, wait: look}
 	if look {
 		l.next = stepPeek
 	}
@@ -99,7 +101,7 @@ func (l *link) swap(out, in []byte, look bool) (wrote, got int, err error) {
 func (l *link) steps(fd uintptr) bool {
 	switch l.next {
 	case stepPeek:
-		if !quiet(int(fd)) {
+		if !quiet(fd) {
 			l.err = errStale
 			return true
 		}
@@ -113,8 +115,9 @@ func (l *link) steps(fd uintptr) bool {
 		if l.wrote = n; err == nil && n < len(l.out) {
 			err = errShort
 		}
-		l.err = err
-		return err != nil
+		if l.err = err; err != nil || l.wait {
+			return err != nil
+		}
 	}
 	n, err := retried(syscall.SYS_READ, fd, l.in)
 	if err == syscall.EAGAIN { //nolint:errorlint // an Errno
@@ -145,13 +148,14 @@ func retried(call, fd uintptr, b []byte) (int, error) {
 	}
 }
 
-// quiet reports whether a connection is open and has nothing to be read.
-func quiet(fd int) bool {
+// quiet reports whether a connection is open and has nothing to be read. It does
+// not block either.
+func quiet(fd uintptr) bool {
 	var b [1]byte
 	for {
-		_, _, err := syscall.Recvfrom(fd, b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
-		if err != syscall.EINTR {
-			return err == syscall.EAGAIN
+		_, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b[0])), 1, syscall.MSG_PEEK|syscall.MSG_DONTWAIT, 0, 0)
+		if errno != syscall.EINTR {
+			return errno == syscall.EAGAIN
 		}
 	}
 }
@@ -162,7 +166,7 @@ func (l *link) silent() bool {
 		return true
 	}
 	is := false
-	err := l.raw.Control(func(fd uintptr) { is = quiet(int(fd)) })
+	err := l.raw.Control(func(fd uintptr) { is = quiet(fd) })
 	return err == nil && is
 }
 

@@ -16,10 +16,6 @@ const (
 	// IdleTime is how long an unused connection is kept. Common servers close
 	// theirs after 5 s: ours goes first.
 	IdleTime = 4 * time.Second
-	// PeekAfter is how long a connection may have been idle and still be used
-	// without a look whether the instance has closed it. The look costs a system
-	// call, and connections that matter for speed are used again sooner.
-	PeekAfter = 20 * time.Millisecond
 )
 
 // A DialError says that no connection could be made: nothing of the request was
@@ -44,19 +40,17 @@ type Pool struct {
 // NewPool makes a pool that dials by dial, whose context ends after ConnectTime.
 func NewPool(dial func(context.Context) (net.Conn, error)) *Pool { return &Pool{dial: dial} }
 
-// get returns a connection for one exchange, whether it was used before, and
-// whether it has to be looked at before that. Fresh asks for one that was not
-// used.
-func (p *Pool) get(c *Cancel, now time.Time, fresh bool) (l *link, reused, look bool, err error) {
+// get returns a connection for one exchange, and whether it was used before. Fresh
+// asks for one that was not.
+func (p *Pool) get(c *Cancel, now time.Time, fresh bool) (l *link, reused bool, err error) {
 	p.mu.Lock()
 	if n := len(p.links) - 1; n >= 0 && !fresh {
 		l := p.links[n]
-		idle := now.Sub(l.since)
-		if idle < IdleTime {
+		if now.Sub(l.since) < IdleTime {
 			p.links[n] = nil
 			p.links = p.links[:n]
 			p.mu.Unlock()
-			return l, true, idle >= PeekAfter, nil
+			return l, true, nil
 		}
 		p.expireLocked(now)
 	}
@@ -66,15 +60,15 @@ func (p *Pool) get(c *Cancel, now time.Time, fresh bool) (l *link, reused, look 
 	defer cancel()
 	conn, err := p.dial(ctx)
 	if err == nil {
-		return newLink(conn, p), false, false, nil
+		return newLink(conn, p), false, nil
 	}
 	p.mu.Lock()
 	p.open--
 	p.mu.Unlock()
 	if cause := c.Cause(); cause != nil {
-		return nil, false, false, cause
+		return nil, false, cause
 	}
-	return nil, false, false, &DialError{Err: err}
+	return nil, false, &DialError{Err: err}
 }
 
 // put takes back a connection that is fit for another exchange.

@@ -34,14 +34,13 @@ var (
 func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in := &r.in
 	in.open(c, r)
-	repeatable := idempotent(r.Method)
 	for fresh := false; ; {
 		now := time.Now()
-		l, reused, look, err := p.get(c, now, fresh)
+		l, reused, err := p.get(c, now, fresh)
 		if err != nil {
 			return nil, err
 		}
-		err = in.exchange(l, now, reused && (look || !repeatable))
+		err = in.exchange(l, now, reused)
 		if err == nil {
 			return in, nil
 		}
@@ -56,15 +55,17 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 }
 
 // exchange sends the request on l and reads the head of the answer. On an error
-// the connection is gone, and so is all that the exchange held.
-func (in *Incoming) exchange(l *link, now time.Time, look bool) error {
+// the connection is gone, and so is all that the exchange held. A link that was
+// used before is looked at first, however short it was idle: what has come since
+// would be taken for the answer.
+func (in *Incoming) exchange(l *link, now time.Time, reused bool) error {
 	if !in.c.attach(l.Conn) {
 		l.pool.drop(l)
 		return in.c.Cause()
 	}
 	in.l = l
 	buf := requests.Get().(*[]byte)
-	err := in.send((*buf)[:0], buf, now, look)
+	err := in.send((*buf)[:0], buf, now, reused)
 	if err == nil {
 		err = in.readHead()
 	}
@@ -78,7 +79,7 @@ func (in *Incoming) exchange(l *link, now time.Time, look bool) error {
 }
 
 // send writes the request, or has its body written, and reads what comes first.
-func (in *Incoming) send(b []byte, buf *[]byte, now time.Time, look bool) error {
+func (in *Incoming) send(b []byte, buf *[]byte, now time.Time, reused bool) error {
 	r, l := in.out, in.l
 	defer func() { putRequest(buf, b) }()
 	b, err := r.appendHead(b)
@@ -101,11 +102,11 @@ func (in *Incoming) send(b []byte, buf *[]byte, now time.Time, look bool) error 
 	in.buf = h1.Get(h1.OutBuffer)
 	l.arm(now)
 	if whole && rest == nil {
-		_, n, err := l.swap(b, in.buf.B, look)
+		_, n, err := l.swap(b, in.buf.B, reused)
 		in.end = n
 		return reading(err)
 	}
-	if look && !l.silent() {
+	if reused && !l.silent() {
 		return errStale
 	}
 	if _, err := l.Write(b); err != nil {

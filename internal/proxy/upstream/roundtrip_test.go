@@ -322,11 +322,12 @@ func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 	for _, test := range []struct {
 		name string
 		req  func() *Outgoing
-		idle time.Duration
 	}{
-		{"POST", func() *Outgoing { return outgoing("POST") }, 0},
-		{"POST with a body that streams", func() *Outgoing { return with(outgoing("POST"), streamed("abc"), 3) }, 0},
-		{"GET after a while", func() *Outgoing { return outgoing("GET") }, PeekAfter},
+		{"POST", func() *Outgoing { return outgoing("POST") }},
+		{"POST with a body that streams", func() *Outgoing { return with(outgoing("POST"), streamed("abc"), 3) }},
+		{"GET", func() *Outgoing { return outgoing("GET") }},
+		{"DELETE", func() *Outgoing { return outgoing("DELETE") }},
+		{"PUT with a large body that has come", func() *Outgoing { return with(outgoing("PUT"), buffered(strings.Repeat("x", 20<<10)), 20<<10) }},
 	} {
 		for _, last := range []string{"", "HTTP/1.1 408 Request Timeout\r\n\r\n"} {
 			end := make(chan struct{})
@@ -356,22 +357,98 @@ func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 			p.links = links
 			close(end)
 			waitReadable(p)
-			for _, l := range p.links {
-				l.since = l.since.Add(-test.idle)
-			}
-			if _, _, err := ask(t, p, test.req()); err != nil || conns.Load() != 3 || seen.Load() != 3 {
+			if _, _, err := askSoon(t, p, test.req()); err != nil || conns.Load() != 3 || seen.Load() != 3 {
 				t.Errorf("%s, %q: error %v, %d connections, %d requests", test.name, last, err, conns.Load(), seen.Load())
 			}
 		}
 	}
 }
 
-// waitReadable waits until all idle connections have something to be read.
+// waitReadable waits until all idle connections have something to be read; they
+// have been idle for no time then.
 func waitReadable(p *Pool) {
 	for _, l := range p.links {
 		for l.silent() {
 			time.Sleep(time.Millisecond)
 		}
+	}
+	for _, l := range p.links {
+		l.since = time.Now()
+	}
+}
+
+// patience is how long askSoon waits for what comes at once if all is well.
+const patience = 20 * time.Second
+
+// askSoon is ask that does not wait for as long as FirstByteTime.
+func askSoon(t testing.TB, p *Pool, r *Outgoing) (int, string, error) {
+	t.Helper()
+	var c Cancel
+	defer time.AfterFunc(patience, func() { c.Do(errors.New("it still waits")) }).Stop()
+	in, err := p.RoundTrip(&c, r)
+	if err != nil {
+		return 0, "", err
+	}
+	defer in.Close()
+	b, err := io.ReadAll(in)
+	return in.Status, string(b), err
+}
+
+func TestWhatComesAfterAnAnswerIsNobodysAnswer(t *testing.T) {
+	const evil = "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
+	for _, test := range []struct{ name, method, answer, late string }{
+		{"a body to HEAD", "HEAD", "HTTP/1.1 200 OK\r\nContent-Length: 44\r\n\r\n", evil},
+		{"a body after 304", "GET", "HTTP/1.1 304 Not Modified\r\n\r\n", evil},
+		{"a body after 204", "DELETE", "HTTP/1.1 204 No Content\r\n\r\n", evil},
+		{"a second answer", "POST", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", evil},
+		{"more than the length", "PUT", "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok", "k" + evil},
+	} {
+		for _, network := range []string{"unix", "tcp"} {
+			pooled := make(chan struct{})
+			p, conns := listeningOn(t, network, func(n int, c net.Conn, br *bufio.Reader) {
+				if _, _, ok := next(br); !ok {
+					return
+				}
+				if n > 0 {
+					_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood")
+				} else {
+					_, _ = io.WriteString(c, test.answer)
+					<-pooled
+					_, _ = io.WriteString(c, test.late)
+				}
+				_, _ = br.ReadByte()
+			})
+			if _, _, err := ask(t, p, outgoing(test.method)); err != nil {
+				t.Errorf("%s, %s: %v", test.name, network, err)
+			}
+			if _, idle := p.Conns(); idle != 1 {
+				t.Errorf("%s, %s: %d idle after an answer that came whole", test.name, network, idle)
+			}
+			close(pooled)
+			waitReadable(p)
+			if _, body, err := askSoon(t, p, outgoing("GET")); body != "good" || err != nil || conns.Load() != 2 {
+				t.Errorf("%s, %s: the next request got %q, %v, over %d connections", test.name, network, body, err, conns.Load())
+			}
+		}
+	}
+}
+
+// An instance that has ended its side before the request came does not say so again.
+func TestEndThatCameBeforeTheFirstRequestIsSeen(t *testing.T) {
+	p, _ := listeningOn(t, "tcp", func(_ int, c net.Conn, br *bufio.Reader) {
+		_ = c.(*net.TCPConn).CloseWrite()
+		_, _ = io.Copy(io.Discard, br) // it goes on reading
+	})
+	dial := p.dial
+	p.dial = func(ctx context.Context) (net.Conn, error) {
+		c, err := dial(ctx)
+		for l := newLink(c, nil); err == nil && l.silent(); {
+			time.Sleep(time.Millisecond)
+		}
+		return c, err
+	}
+	if _, _, err := askSoon(t, p, outgoing("GET")); !errors.As(err, new(*LostError)) {
+		t.Errorf("got %v", err)
 	}
 }
 
