@@ -237,6 +237,7 @@ func (in *Incoming) begin() error {
 	if in.Status == http.StatusSwitchingProtocols {
 		return in.switchProtocols()
 	}
+	full := in.end == len(in.buf.B) // which is not to be seen once the chunks are off
 	var err error
 	switch {
 	case !in.head.Body:
@@ -267,7 +268,7 @@ func (in *Incoming) begin() error {
 		in.l.unlimited()
 		return nil
 	}
-	in.unsure = in.end == len(in.buf.B)
+	in.unsure = full
 	in.release(true)
 	return nil
 }

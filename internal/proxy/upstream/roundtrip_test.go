@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/net/http2"
 
+	"tako/internal/proxy/h1"
 	"tako/internal/proxy/message"
 )
 
@@ -160,6 +161,41 @@ func TestSurplusIsSeenAfterABodyReadToTheByte(t *testing.T) {
 		in.Close()
 		if _, idle := p.Conns(); (idle == 1) != (surplus == "") {
 			t.Errorf("after %q: %d idle", surplus, idle)
+		}
+	}
+}
+
+func TestSurplusIsSeenAfterAnAnswerThatFillsTheBuffer(t *testing.T) {
+	// Whole is an answer of h1.OutBuffer bytes, whatever its framing.
+	whole := func(head, tail string, chunked bool) string {
+		for n := h1.OutBuffer; ; n-- {
+			begin := fmt.Sprintf(head, n)
+			if chunked {
+				begin = head + fmt.Sprintf("%x\r\n", n)
+			}
+			if s := begin + strings.Repeat("x", n) + tail; len(s) == h1.OutBuffer {
+				return s
+			}
+		}
+	}
+	for name, answer := range map[string]string{
+		"length": whole("HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", "", false),
+		"chunks": whole("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", "\r\n0\r\n\r\n", true),
+	} {
+		for _, surplus := range []string{"", "evil"} {
+			p, _ := listening(t, func(_ int, c net.Conn, br *bufio.Reader) {
+				_, _, _ = next(br)
+				_, _ = io.WriteString(c, answer+surplus) // in one piece, on a Unix socket
+				_, _ = br.ReadByte()
+			})
+			in, err := p.RoundTrip(new(Cancel), outgoing("GET"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, idle := p.Conns(); !in.Whole() || (idle == 1) != (surplus == "") {
+				t.Errorf("%s, surplus %q: whole %t, %d idle", name, surplus, in.Whole(), idle)
+			}
+			in.Close()
 		}
 	}
 }
