@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -207,6 +208,40 @@ func TestH2CAnswers(t *testing.T) {
 		}
 		in.Close()
 		in.Close()
+	}
+}
+
+// The goroutine that reads for all may be about to tell of a 103 when a request ends.
+func TestH2CInterimAnswerThatIsLateTouchesNoRequest(t *testing.T) {
+	for _, informs := range []bool{true, false} {
+		r := outgoing("GET")
+		if informs {
+			r.Inform = func(int, []message.Field) {}
+		}
+		r.in.open(new(Cancel), r)
+		x := newH2Exchange(nil, nil, &r.in)
+		x.interims = make(chan interim, MaxInterim)
+		trace := httptrace.ContextClientTrace(x.request().Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			r.Clear()
+			r.Inform = func(int, []message.Field) { t.Error("another request was told") }
+		}()
+		want := 0
+		if informs {
+			want = 2
+		}
+		for range 2 {
+			if err := trace.Got1xxResponse(http.StatusEarlyHints, nil); err != nil {
+				t.Error(err)
+			}
+			<-ended
+		}
+		if got := len(x.interims); got != want {
+			t.Errorf("informs %t: %d are passed on, want %d", informs, got, want)
+		}
+		x.end(errClosed)
 	}
 }
 

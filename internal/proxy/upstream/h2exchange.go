@@ -125,7 +125,8 @@ func (x *h2exchange) request() *http.Request {
 			req.Trailer = x.body.trailer
 		}
 	}
-	n := 0
+	// The trace may be called once more after the exchange, when r is another's.
+	n, informs := 0, r.Inform != nil
 	trace := &httptrace.ClientTrace{Got1xxResponse: func(status int, h textproto.MIMEHeader) error {
 		if n++; n > MaxInterim {
 			x.mu.Lock()
@@ -133,7 +134,7 @@ func (x *h2exchange) request() *http.Request {
 			x.tooMany = true
 			return errInterims
 		}
-		if status == http.StatusEarlyHints && r.Inform != nil {
+		if status == http.StatusEarlyHints && informs {
 			x.interims <- interim{status, fieldsOf(http.Header(h))}
 		}
 		return nil
