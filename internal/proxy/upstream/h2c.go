@@ -134,8 +134,7 @@ func (p *H2CPool) makeLocked(c *Cancel, shared bool) (*h2conn, bool, error) {
 	conn, err := p.transport.NewClientConn(ctx, "http", authority+":80")
 	var h *h2conn
 	if err == nil {
-		h = &h2conn{ClientConn: conn, used: true, uses: 1}
-		err = h.Reserve()
+		h, err = reserved(conn)
 	}
 	cause := c.Cause()
 	if err != nil && cause == nil {
@@ -159,6 +158,16 @@ func (p *H2CPool) makeLocked(c *Cancel, shared bool) (*h2conn, bool, error) {
 		return nil, false, cause
 	}
 	return nil, false, d.err
+}
+
+// reserved takes the first place on a new connection. One that has none, though it
+// could be made, is closed.
+func reserved(conn *http.ClientConn) (*h2conn, error) {
+	if err := conn.Reserve(); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return &h2conn{ClientConn: conn, used: true, uses: 1}, nil
 }
 
 // put takes an exchange off a connection.

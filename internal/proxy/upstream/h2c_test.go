@@ -583,6 +583,25 @@ func good(fr *http2.Framer, stream uint32) bool {
 	return fr.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: b.Bytes(), EndStream: true, EndHeaders: true}) == nil
 }
 
+func TestH2CConnectionWithoutAPlaceIsClosed(t *testing.T) {
+	p, _ := frames(t, func(_ int, fr *http2.Framer, stream uint32) bool {
+		return fr.WriteSettings(http2.Setting{ID: http2.SettingMaxConcurrentStreams, Val: 0}) == nil && good(fr, stream)
+	})
+	if _, _, err := askH2C(t, p, outgoing("GET")); err != nil {
+		t.Fatal(err)
+	}
+	conn := p.conns[0].ClientConn
+	for conn.Available() > 0 {
+		time.Sleep(time.Millisecond)
+	}
+	if conn.Err() != nil {
+		t.Fatal(conn.Err())
+	}
+	if _, err := reserved(conn); err == nil || conn.Err() == nil {
+		t.Errorf("reserved: %v; the connection: %v", err, conn.Err())
+	}
+}
+
 func TestH2CRepeatsOnlyWhatMayBe(t *testing.T) {
 	refuse := func(fr *http2.Framer, stream uint32) bool {
 		_ = fr.WriteRSTStream(stream, http2.ErrCodeRefusedStream)
