@@ -238,7 +238,7 @@ func (x *h2exchange) fail(err error) (why error, unseen bool) {
 	case reset, errors.Is(err, errUnwritable):
 		return err, false
 	}
-	return &LostError{Err: err, Repeatable: again && idempotent(x.in.out.Method)}, false
+	return x.in.out.lose(err, !again), false
 }
 
 // isUnseen: the instance has promised that it did not act upon the request

@@ -21,6 +21,9 @@ const (
 	// lastTime bounds the wait for an answer from an instance that does not take the
 	// body any more.
 	lastTime = time.Second
+	// MaxSendings bounds how often a request is sent, to all instances together, that
+	// may have been acted on each time: one that kills is not to go around.
+	MaxSendings = 2
 )
 
 // ErrTimeout means that FirstByteTime passed.
@@ -30,7 +33,8 @@ var ErrTimeout = errors.New("the instance did not answer in time")
 // What became of the request nobody knows.
 type LostError struct {
 	Err error
-	// Repeatable: the request may be sent once more, to another instance.
+	// Repeatable: the request may be sent once more, to another instance. It never is
+	// after MaxSendings, save that an instance said it did not look at the last.
 	Repeatable bool
 }
 

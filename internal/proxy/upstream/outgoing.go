@@ -22,7 +22,8 @@ type Body interface {
 
 // Outgoing is a request to be sent. When its answer, which is part of it, is
 // closed, or there was none, it may be sent again, or be used for another one
-// after Clear; till then nobody changes it.
+// after Clear; till then nobody changes it. It knows how often it was lost, whatever
+// pool it was sent by, and so whether it may be repeated.
 type Outgoing struct {
 	// Method, Target and Host are valid by package message.
 	Method, Target, Host []byte
@@ -49,7 +50,15 @@ type Outgoing struct {
 	asked bool   // Body, whether it is Buffered
 	whole bool   // it is
 	body  []byte // then
+	lost  int    // sendings of which nobody knows what became
 	in    Incoming
+}
+
+// lose counts a sending that was lost for err. Touched: something was read of a body
+// that cannot be read again.
+func (r *Outgoing) lose(err error, touched bool) *LostError {
+	r.lost++
+	return &LostError{Err: err, Repeatable: idempotent(r.Method) && !touched && r.lost < MaxSendings}
 }
 
 // buffered is Body.Buffered, which gives a body away and is asked only once,
@@ -67,7 +76,7 @@ func (r *Outgoing) buffered() ([]byte, bool) {
 func (r *Outgoing) Clear() {
 	r.Method, r.Target, r.Host, r.Fields, r.Length, r.HasLength = nil, nil, nil, r.Fields[:0], 0, false
 	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform = nil, nil, false, false, nil
-	r.asked, r.whole, r.body = false, false, nil
+	r.asked, r.whole, r.body, r.lost = false, false, nil, 0
 }
 
 // smallBody bounds what is written together with its head.

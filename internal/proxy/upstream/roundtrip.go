@@ -27,7 +27,8 @@ var (
 // RoundTrip sends the request and returns its answer once the head has come. The
 // errors: a DialError, a BodyError, a LostError, ErrTimeout, what c was ended
 // with, and others for an answer that is broken. What a connection that was used
-// before has lost is sent once more on a fresh one, if it may be repeated.
+// before has lost is sent once more on a fresh one, if it may be repeated and was
+// not before: of all pools that r is sent by, the first to lose it has that chance.
 //
 // The answer is to be closed, and r left alone till then. When c is ended
 // meanwhile the connection is closed and reading fails with c's cause.
@@ -155,7 +156,7 @@ func (in *Incoming) fail(err error) error {
 	case errors.Is(err, errUnwritable), began:
 		return err
 	}
-	return &LostError{Err: err, Repeatable: idempotent(in.out.Method) && !s.touched()}
+	return in.out.lose(err, s.touched())
 }
 
 // readHead reads until the head of the answer is whole, and sees to those that

@@ -354,6 +354,70 @@ func TestFreshLinkThatDiesIsNoReasonToRepeat(t *testing.T) {
 	}
 }
 
+// dying plays an instance that answers the first request, so that its pool has a
+// connection that was used, and dies at each other one.
+func dying(t testing.TB, h2c bool, seen *atomic.Int32) (p way) {
+	t.Helper()
+	var asked atomic.Int32
+	dies := func() bool {
+		if asked.Add(1) == 1 {
+			return false
+		}
+		seen.Add(1)
+		return true
+	}
+	if h2c {
+		p, _ = frames(t, func(_ int, fr *http2.Framer, stream uint32) bool { return !dies() && good(fr, stream) })
+	} else {
+		p, _ = listening(t, func(_ int, c net.Conn, br *bufio.Reader) {
+			for {
+				if _, _, ok := next(br); !ok || dies() {
+					return
+				}
+				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+			}
+		})
+	}
+	if _, _, err := askH2C(t, p, outgoing("GET")); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func TestLostRequestIsSentTwiceInAll(t *testing.T) {
+	for method, want := range map[string]int32{"GET": 2, "DELETE": 2, "POST": 1} {
+		for i := range 8 {
+			fresh, first, second := i&1 > 0, i&2 > 0, i&4 > 0
+			name := fmt.Sprintf("%s, on a fresh connection first: %t, over HTTP/2: %t, then %t", method, fresh, first, second)
+			var seen atomic.Int32
+			pools := []way{dying(t, first, &seen), dying(t, second, &seen)}
+			if fresh { // so that it is for the second instance to repeat it
+				pools[0].Retire()
+				pools[0].Revive()
+			}
+			r := outgoing(method)
+			for range 2 { // the second time it is another request
+				seen.Store(0)
+				for _, p := range pools {
+					_, err := p.RoundTrip(new(Cancel), r)
+					lost, is := errors.AsType[*LostError](err)
+					if !is || lost.Repeatable != (seen.Load() < want) {
+						t.Errorf("%s: %v after %d sendings", name, err, seen.Load())
+					}
+					if !is || !lost.Repeatable {
+						break
+					}
+				}
+				if got := seen.Load(); got != want {
+					t.Errorf("%s: sent %d times, want %d", name, got, want)
+				}
+				r.Clear()
+				r.Method, r.Target, r.Host = []byte(method), []byte("/"), []byte("a.test")
+			}
+		}
+	}
+}
+
 func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 	for _, test := range []struct {
 		name string
