@@ -29,6 +29,23 @@ const (
 const (
 	MaxQueued = 6000 // so that 5,000 busy connections to one app of one instance are no trouble
 	QueueTime = 10 * time.Second
+	// UploadPart bounds the requests whose bodies are still being read: they have
+	// at most one in so many of an instance's places, and of the queue's, though
+	// never none. So those who send slowly leave room for all others, who go past
+	// them in the queue.
+	UploadPart = 2
+)
+
+// uploadPlaces is how many of most places uploads may have.
+func uploadPlaces(most int) int { return max(1, most/UploadPart) }
+
+// kind is what a request is to the queue.
+type kind int
+
+const (
+	ordinary kind = iota // it has no body, or all of it has come
+	upload               // its body has still to be read
+	kinds
 )
 
 // app is one app over all its revisions: its queue, counters and pools outlive
@@ -42,10 +59,11 @@ type app struct {
 	mu        sync.Mutex
 	instances map[tako.InstanceID]*instance // those in the newest revision
 	leaving   []*instance                   // those no more in it, until nothing is left in flight
-	waiting   []*waiter                     // requests in the queue, the first one first
+	waiting   [kinds][]*waiter              // requests in the queue, the first one first
+	turn      uint64                        // of the last one
 	woken     uint64                        // the revision that Wake was sent for
 
-	queued atomic.Int32 // len(waiting), stored under mu
+	queued atomic.Int32 // how many are waiting, stored under mu
 
 	active atomic.Int64 // requests now, waiting ones and streams included
 	ended  atomic.Int64 // when the last one ended, in Unix nanoseconds
@@ -53,8 +71,10 @@ type app struct {
 
 // waiter is a request in the queue. It is not to go to the instance not.
 type waiter struct {
-	not *instance
-	got chan grant // has room for one
+	not  *instance
+	kind kind
+	turn uint64     // larger than of those before it, of both kinds
+	got  chan grant // has room for one
 }
 
 // grant is what a waiter gets: an instance that it is counted on, or an error.
@@ -67,6 +87,7 @@ type grant struct {
 type appConf struct {
 	wire.App
 	gone           bool
+	http1          bool        // an instance speaks HTTP/1
 	first, reserve []*instance // the second only if the first is empty
 }
 
@@ -133,6 +154,7 @@ func (a *app) change(m *wire.App, gone bool, dial dialTCP) (draining []*instance
 		}
 		delete(before, u.Instance)
 		a.instances[u.Instance] = i
+		conf.http1 = conf.http1 || !i.h2c
 		i.socket.Store(&u.Socket)
 		if !u.Draining && !u.Fallback {
 			if !known {
@@ -193,7 +215,7 @@ func (a *app) toCut() (cut []*instance) {
 // the app if requests wait on.
 func (a *app) applied(draining []*instance, revision uint64) {
 	a.mu.Lock()
-	if conf := a.conf.Load(); len(a.waiting) > 0 && conf.asleep() {
+	if conf := a.conf.Load(); a.queued.Load() > 0 && conf.asleep() {
 		a.wakeLocked(conf)
 	}
 	a.mu.Unlock()
@@ -241,15 +263,16 @@ func (conf *appConf) asleep() bool {
 
 // pick chooses an instance other than not. Those that were taken out for their
 // errors are used only if there is no other. It returns nil if there is none at
-// all, or, with full, if those there are have as many requests as they may.
-func (conf *appConf) pick(not *instance) (i *instance, full bool) {
+// all, or, with full, if those there are have as many requests, of kind k, as
+// they may.
+func (conf *appConf) pick(not *instance, k kind) (i *instance, full bool) {
 	for _, even := range [...]bool{false, true} {
 		for _, from := range [...][]*instance{conf.first, conf.reserve} {
 			i, ok := balance.Pick(from, func(i *instance) bool {
 				if i == not || !even && i.out() {
 					return false
 				}
-				if i.requests.Load() >= int64(conf.MaxInFlight) {
+				if i.full(k, conf.MaxInFlight) {
 					full = true
 					return false
 				}
@@ -286,17 +309,17 @@ func (conf *appConf) none(not *instance) error {
 
 // try picks an instance other than not, and counts the request on it. It returns
 // neither instance nor error if the request has to wait. The error is a *refusal.
-func (a *app) try(not *instance) (*instance, error) {
+func (a *app) try(not *instance, k kind) (*instance, error) {
 	for a.queued.Load() == 0 { // those who wait are not to be overtaken
 		conf := a.conf.Load()
 		if r := conf.refuse(); r != nil {
 			return nil, r
 		}
-		i, _ := conf.pick(not)
+		i, _ := conf.pick(not, k)
 		if i == nil {
 			break
 		}
-		if i.acquire(int64(conf.MaxInFlight), a.out) {
+		if i.acquire(k, conf.MaxInFlight, a.out) {
 			return i, nil
 		}
 		if i.draining.Load() {
@@ -309,8 +332,8 @@ func (a *app) try(not *instance) (*instance, error) {
 // wait is try for a request that has to wait in the queue: while every instance
 // has as many requests as it may, and with no instance if the app is one that
 // starts on demand. The error is a *refusal, errNoOther or ctx's cause.
-func (a *app) wait(ctx context.Context, not *instance) (*instance, error) {
-	w := &waiter{not: not, got: make(chan grant, 1)}
+func (a *app) wait(ctx context.Context, not *instance, k kind) (*instance, error) {
+	w := &waiter{not: not, kind: k, got: make(chan grant, 1)}
 	wait, err := a.enqueue(w)
 	if err != nil {
 		return nil, err
@@ -335,7 +358,7 @@ func (a *app) wait(ctx context.Context, not *instance) (*instance, error) {
 		return nil, errInstanceQueueFull
 	case <-ctx.Done():
 		if g, granted := a.leave(w); granted && g.inst != nil {
-			a.release(g.inst)
+			a.release(g.inst, k)
 		}
 		return nil, context.Cause(ctx)
 	}
@@ -356,7 +379,7 @@ func (a *app) enqueue(w *waiter) (time.Duration, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	conf := a.conf.Load()
-	if i, full := conf.pick(w.not); i == nil && !full {
+	if i, full := conf.pick(w.not, w.kind); i == nil && !full {
 		if err := conf.none(w.not); err != nil {
 			return 0, err
 		}
@@ -366,11 +389,13 @@ func (a *app) enqueue(w *waiter) (time.Duration, error) {
 	if asleep {
 		wait, most, refused = time.Duration(conf.Queue.WaitMS)*time.Millisecond, conf.Queue.Waiters, errStartQueueFull
 	}
-	if len(a.waiting) >= most {
+	if int(a.queued.Load()) >= most || w.kind == upload && len(a.waiting[upload]) >= uploadPlaces(most) {
 		return 0, refused
 	}
-	a.waiting = append(a.waiting, w)
-	a.queued.Store(int32(len(a.waiting)))
+	a.turn++
+	w.turn = a.turn
+	a.waiting[w.kind] = append(a.waiting[w.kind], w)
+	a.queued.Add(1)
 	if asleep {
 		a.wakeLocked(conf)
 	} else {
@@ -382,39 +407,52 @@ func (a *app) enqueue(w *waiter) (time.Duration, error) {
 // grantLocked gives instances to those in the queue, in their order, as long as
 // there is room, and answers those that wait in vain.
 func (a *app) grantLocked() {
-	if len(a.waiting) == 0 {
+	if a.queued.Load() == 0 {
 		return
 	}
 	conf := a.conf.Load()
-	kept := 0
-	for n, w := range a.waiting {
-		g, done := conf.grant(w.not, a.out)
-		if done {
+	rest := a.waiting // not yet looked at
+	var kept [kinds]int
+	keep := func(k kind, ws ...*waiter) { kept[k] += copy(a.waiting[k][kept[k]:], ws) }
+	for len(rest[ordinary])+len(rest[upload]) > 0 {
+		k := ordinary
+		if len(rest[k]) == 0 || len(rest[upload]) > 0 && rest[upload][0].turn < rest[k][0].turn {
+			k = upload
+		}
+		w := rest[k][0]
+		rest[k] = rest[k][1:]
+		if g, done := conf.grant(w.not, k, a.out); done {
 			w.got <- g
 			continue
 		}
-		a.waiting[kept] = w
-		kept++
-		if w.not == nil { // nobody behind it gets one either
-			kept += copy(a.waiting[kept:], a.waiting[n+1:])
-			break
+		keep(k, w)
+		if w.not != nil {
+			continue // those behind it may have one
+		}
+		keep(upload, rest[upload]...)
+		rest[upload] = nil
+		if k == ordinary {
+			keep(ordinary, rest[ordinary]...)
+			rest[ordinary] = nil
 		}
 	}
-	clear(a.waiting[kept:])
-	a.waiting = a.waiting[:kept]
-	a.queued.Store(int32(kept))
+	for k, n := range kept {
+		clear(a.waiting[k][n:])
+		a.waiting[k] = a.waiting[k][:n]
+	}
+	a.queued.Store(int32(kept[ordinary] + kept[upload]))
 }
 
 // grant is what a waiter gets now, or false if it has to wait on. The caller
 // holds mu of the app, so no instance of conf begins to drain.
-func (conf *appConf) grant(not *instance, out *outbox) (grant, bool) {
+func (conf *appConf) grant(not *instance, k kind, out *outbox) (grant, bool) {
 	if r := conf.refuse(); r != nil {
 		return grant{err: r}, true
 	}
 	for {
-		i, full := conf.pick(not)
+		i, full := conf.pick(not, k)
 		switch {
-		case i != nil && i.acquire(int64(conf.MaxInFlight), out):
+		case i != nil && i.acquire(k, conf.MaxInFlight, out):
 			return grant{inst: i}, true
 		case i != nil: // filled up meanwhile
 		case full:
@@ -438,19 +476,30 @@ func (a *app) wakeLocked(conf *appConf) {
 func (a *app) leave(w *waiter) (grant, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	i := slices.Index(a.waiting, w)
+	i := slices.Index(a.waiting[w.kind], w)
 	if i < 0 {
 		return <-w.got, true
 	}
-	a.waiting = slices.Delete(a.waiting, i, i+1)
-	a.queued.Store(int32(len(a.waiting)))
+	a.waiting[w.kind] = slices.Delete(a.waiting[w.kind], i, i+1)
+	a.queued.Add(-1)
 	return grant{}, false
 }
 
 // release takes a request off the count of an instance, which makes room for one
 // that waits.
-func (a *app) release(i *instance) {
-	i.release(a.out)
+func (a *app) release(i *instance, k kind) {
+	i.release(k, a.out)
+	a.grant()
+}
+
+// uploaded makes an upload on an instance an ordinary request.
+func (a *app) uploaded(i *instance) {
+	i.uploads.Add(-1)
+	a.grant()
+}
+
+// grant looks whether those that wait can have an instance now.
+func (a *app) grant() {
 	if a.queued.Load() > 0 {
 		a.mu.Lock()
 		defer a.mu.Unlock()
@@ -471,7 +520,7 @@ func (a *app) end() {
 func (a *app) traffic(now time.Time) wire.AppTraffic {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	t := wire.AppTraffic{App: a.id, Waiting: len(a.waiting)}
+	t := wire.AppTraffic{App: a.id, Waiting: int(a.queued.Load())}
 	if a.active.Load() == 0 {
 		t.IdleMS = max(0, now.UnixNano()-a.ended.Load()) / int64(time.Millisecond)
 	}

@@ -70,8 +70,11 @@ type flight struct {
 
 	out  upstream.Outgoing
 	text []byte // room for values of out.Fields
-	body limitedBody
-	tell func(status int, fields []message.Field) // inform
+	body requestBody
+	// uploading: it is counted as an upload on inst. What reads the body takes it
+	// back, too.
+	uploading atomic.Bool
+	tell      func(status int, fields []message.Field) // inform
 }
 
 var flightPool = sync.Pool{New: func() any {
@@ -116,7 +119,7 @@ func (fl *flight) becomeStream() {
 	fl.all.left(&fl.all.requests)
 	fl.x.Lasts()
 	fl.inst.streams.Add(1)
-	fl.app.release(fl.inst)
+	fl.release()
 	if fl.inst.cut.Load() { // too late to be seen by cutOf
 		fl.Do(errCut)
 	}
@@ -124,8 +127,24 @@ func (fl *flight) becomeStream() {
 
 // leave takes the request off its instance, which did not get it.
 func (fl *flight) leave() {
-	fl.app.release(fl.inst)
+	fl.release()
 	fl.inst = nil
+}
+
+// release takes the request off the count of its instance.
+func (fl *flight) release() {
+	k := ordinary
+	if fl.uploading.Swap(false) {
+		k = upload
+	}
+	fl.app.release(fl.inst, k)
+}
+
+// uploaded says that all of the request's body has come.
+func (fl *flight) uploaded() {
+	if fl.uploading.Swap(false) {
+		fl.app.uploaded(fl.inst)
+	}
 }
 
 // end is the end of the request. Nothing of the flight is used after it.
@@ -144,13 +163,14 @@ func (fl *flight) end() {
 		count = &f.streams
 		fl.inst.streamEnded(fl.app.out)
 	} else if fl.inst != nil {
-		fl.app.release(fl.inst)
+		fl.release()
 	}
+	fl.body.close()
 	clear(fl.out.Fields)
 	fl.out.Clear()
 	fl.Reset()
 	fl.all, fl.shard, fl.prev, fl.next, fl.lasts, fl.streamOf = nil, nil, nil, nil, false, nil
-	fl.app, fl.x, fl.inst, fl.stream, fl.body = nil, nil, nil, false, limitedBody{}
+	fl.app, fl.x, fl.inst, fl.stream = nil, nil, nil, false
 	fl.text = fl.text[:0]
 	flightPool.Put(fl)
 	f.left(count)

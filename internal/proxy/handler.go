@@ -119,14 +119,9 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 		}
 	}
 	if out.Length != 0 {
-		out.Body = x
-		if limit := a.conf.Load().MaxBody; limit > 0 {
-			if out.Length > limit {
-				answer(x, http.StatusRequestEntityTooLarge, "Content Too Large")
-				return
-			}
-			fl.body = limitedBody{Exchange: x, left: limit}
-			out.Body = &fl.body
+		if err := fl.takeBody(a.conf.Load()); err != nil {
+			h.refuse(x, fl, err)
+			return
 		}
 	}
 	if r.Major == 2 || r.Minor > 0 {
@@ -144,7 +139,7 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 	}
 	resp := &in.Response
 	responseFields(resp, id)
-	if isEventStream(resp) || in.Unsent && isGRPC(r) {
+	if isEventStream(resp) || streams(r, in, fl.inst) {
 		fl.becomeStream()
 	}
 	if err := reply(fl, in); err != nil {
@@ -229,10 +224,14 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 	var tried *instance
 	var failed error
 	repeated := false
+	k := ordinary
+	if fl.out.Body != nil && !fl.body.whole {
+		k = upload
+	}
 	for range MaxTries {
-		inst, err := fl.app.try(tried)
+		inst, err := fl.app.try(tried, k)
 		if inst == nil && err == nil {
-			inst, err = fl.app.wait(fl.Context(), tried)
+			inst, err = fl.app.wait(fl.Context(), tried, k)
 		}
 		if err == errNoOther { //nolint:errorlint // it is never wrapped
 			return nil, failed
@@ -241,6 +240,7 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 			return nil, err
 		}
 		fl.inst = inst
+		fl.uploading.Store(k == upload)
 		in, err := inst.pool.RoundTrip(&fl.Cancel, &fl.out)
 		if err == nil {
 			inst.answered()
@@ -295,44 +295,23 @@ func (h *handler) refuse(x message.Exchange, fl *flight, err error) {
 	}
 }
 
-// isGRPC: with an answer before the end of the request, it is a call that
-// streams, where each side may be silent for as long as it likes.
-func isGRPC(r *message.Request) bool {
+// mayStream: it is a call of gRPC, where each side may be silent for as long as it
+// likes, to an app that may know what that is.
+func mayStream(r *message.Request, conf *appConf) bool {
+	return r.Major == 2 && !conf.http1 && isGRPC(r.Get(message.ContentType))
+}
+
+// streams: the instance answers such a call before the request has come whole.
+func streams(r *message.Request, in *upstream.Incoming, inst *instance) bool {
+	return in.Unsent && inst.h2c && r.Major == 2 && isGRPC(r.Get(message.ContentType)) && isGRPC(in.Get(message.ContentType))
+}
+
+func isGRPC(contentType []byte) bool {
 	const kind = "application/grpc"
-	v := r.Get(message.ContentType)
-	return len(v) >= len(kind) && message.EqualFold(v[:len(kind)], kind)
+	return len(contentType) >= len(kind) && message.EqualFold(contentType[:len(kind)], kind)
 }
 
 func isEventStream(r *message.Response) bool {
 	kind, _, _ := bytes.Cut(r.Get(message.ContentType), []byte{';'})
 	return message.EqualFold(message.Trim(kind), "text/event-stream")
-}
-
-// errBodyTooLarge: the request has more of a body than the app takes.
-var errBodyTooLarge = errors.New("the request's body is larger than the app takes")
-
-// limitedBody is the body of a request of unknown length for an app that takes
-// so much.
-type limitedBody struct {
-	message.Exchange
-	left int64
-}
-
-// ReadBody reads what comes next, and fails beyond the limit.
-func (b *limitedBody) ReadBody(p []byte) (int, error) {
-	n, err := b.Exchange.ReadBody(p)
-	if b.left -= int64(n); b.left < 0 {
-		return 0, errBodyTooLarge
-	}
-	return n, err
-}
-
-// Buffered returns the body if it is there and not too large.
-func (b *limitedBody) Buffered() ([]byte, bool) {
-	body, ok := b.Exchange.Buffered()
-	if int64(len(body)) > b.left {
-		b.left = -1
-		return nil, false // ReadBody says so
-	}
-	return body, ok
 }

@@ -43,6 +43,7 @@ const (
 // two always sees the other.
 type instance struct {
 	id     tako.InstanceID
+	h2c    bool // it speaks HTTP/2
 	pool   pool
 	socket atomic.Pointer[string]
 	joined atomic.Int64 // when it joined others, in Unix nanoseconds; 0: it is not new
@@ -50,6 +51,7 @@ type instance struct {
 	draining atomic.Bool
 	cut      atomic.Bool // its streams are to end
 	requests atomic.Int64
+	uploads  atomic.Int64 // those of requests whose bodies are still being read
 	streams  atomic.Int64
 	finished atomic.Uint64
 	told     atomic.Int64 // when Unreachable was sent last
@@ -72,14 +74,14 @@ type pool interface {
 }
 
 func newInstance(id tako.InstanceID, protocol wire.Protocol, dial dialTCP) *instance {
-	i := &instance{id: id}
+	i := &instance{id: id, h2c: protocol == wire.ProtocolH2C}
 	connect := func(ctx context.Context) (net.Conn, error) {
 		if socket := *i.socket.Load(); socket != "" {
 			return dialUnix(ctx, socket)
 		}
 		return dial(ctx, id)
 	}
-	if protocol == wire.ProtocolH2C {
+	if i.h2c {
 		i.pool = upstream.NewH2CPool(connect)
 	} else {
 		i.pool = upstream.NewPool(connect)
@@ -122,27 +124,49 @@ func (i *instance) Share() int {
 	return max(LeastShare, int(age*balance.Whole/int64(SlowStart)))
 }
 
-// acquire counts a request, or returns false if the instance takes no more: it
-// has as many as most, or drains.
-func (i *instance) acquire(most int64, out *outbox) bool {
-	for {
-		n := i.requests.Load()
-		if n >= most {
-			return false
+// full: it has as many requests as most, or as many uploads as it may, if one is
+// to be counted.
+func (i *instance) full(k kind, most int) bool {
+	return i.requests.Load() >= int64(most) || k == upload && i.uploads.Load() >= int64(uploadPlaces(most))
+}
+
+// acquire counts a request, or returns false if the instance takes no more: it is
+// full, or drains.
+func (i *instance) acquire(k kind, most int, out *outbox) bool {
+	if k == upload && !countUpTo(&i.uploads, uploadPlaces(most)) {
+		return false
+	}
+	if !countUpTo(&i.requests, most) {
+		if k == upload {
+			i.uploads.Add(-1)
 		}
-		if i.requests.CompareAndSwap(n, n+1) {
-			break
-		}
+		return false
 	}
 	if !i.draining.Load() {
 		return true
 	}
-	i.release(out)
+	i.release(k, out)
 	return false
 }
 
+// countUpTo adds one, if that is no more than most.
+func countUpTo(count *atomic.Int64, most int) bool {
+	for {
+		n := count.Load()
+		if n >= int64(most) {
+			return false
+		}
+		if count.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
 // release takes a request off the count.
-func (i *instance) release(out *outbox) {
+func (i *instance) release(k kind, out *outbox) {
+	if k == upload {
+		i.uploads.Add(-1)
+	}
 	if i.requests.Add(-1) == 0 {
 		i.settle(out)
 	}

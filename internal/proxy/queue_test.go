@@ -50,10 +50,15 @@ func change(a *app, m *wire.App, numbers ...uint32) []*instance {
 
 // acquire is try, and wait if there is nothing to get at once.
 func (a *app) acquire(ctx context.Context, not *instance) (*instance, error) {
-	if i, err := a.try(not); i != nil || err != nil {
+	return a.acquireOf(ctx, not, ordinary)
+}
+
+// acquireOf is acquire for a request of that kind.
+func (a *app) acquireOf(ctx context.Context, not *instance, k kind) (*instance, error) {
+	if i, err := a.try(not, k); i != nil || err != nil {
 		return i, err
 	}
-	return a.wait(ctx, not)
+	return a.wait(ctx, not, k)
 }
 
 func (a *app) numbered(n uint32) *instance { return a.instances[tako.InstanceID{App: "blog", N: n}] }
@@ -105,7 +110,7 @@ func TestRequestsBeyondTheCapWaitInTurn(t *testing.T) {
 			t.Fatalf("%d are waiting", got)
 		}
 		for n, i := range busy {
-			a.release(i)
+			a.release(i, ordinary)
 			synctest.Wait()
 			mu.Lock()
 			if len(order) != n+1 || order[n].n != n || order[n].inst != i {
@@ -114,7 +119,7 @@ func TestRequestsBeyondTheCapWaitInTurn(t *testing.T) {
 			mu.Unlock()
 		}
 		for _, s := range order {
-			a.release(s.inst)
+			a.release(s.inst, ordinary)
 		}
 		if a.numbered(1).InFlight()+a.numbered(2).InFlight() != 0 || a.queued.Load() != 0 {
 			t.Error("something is counted in the end")
@@ -133,7 +138,7 @@ func TestQueueForInstancesIsBounded(t *testing.T) {
 				switch i, err := a.acquire(t.Context(), nil); {
 				case err == nil:
 					granted.Add(1)
-					a.release(i)
+					a.release(i, ordinary)
 				case err.Error() == "No healthy backend":
 					refused.Add(1)
 				default:
@@ -146,7 +151,7 @@ func TestQueueForInstancesIsBounded(t *testing.T) {
 			t.Errorf("one too many got %v", err)
 		}
 		// One that ends lets one after the other through.
-		a.release(first)
+		a.release(first, ordinary)
 		synctest.Wait()
 		if granted.Load() != MaxQueued || first.requests.Load() != 0 {
 			t.Errorf("%d of %d got through", granted.Load(), MaxQueued)
@@ -169,7 +174,7 @@ func TestQueueForInstancesIsBounded(t *testing.T) {
 		if refused.Load() != 10 {
 			t.Errorf("%d were told", refused.Load())
 		}
-		a.release(first)
+		a.release(first, ordinary)
 	})
 }
 
@@ -196,11 +201,11 @@ func TestWaiterWithAnExceptionIsPassedBy(t *testing.T) {
 		}
 		wait("picky", one)
 		wait("other", nil)
-		a.release(one)
+		a.release(one, ordinary)
 		if g := <-got; g != "other 1" {
 			t.Errorf("got %s", g)
 		}
-		a.release(two)
+		a.release(two, ordinary)
 		if g := <-got; g != "picky 2" {
 			t.Errorf("got %s", g)
 		}
@@ -229,7 +234,7 @@ func TestCapHoldsUnderLoad(t *testing.T) {
 					t.Errorf("%d at once", n)
 				}
 				at[i.id.N].Add(-1)
-				a.release(i)
+				a.release(i, ordinary)
 			}
 		})
 	}
@@ -250,7 +255,7 @@ func TestInstanceThatFailsIsOutForAGrowingPause(t *testing.T) {
 				if i == bad {
 					n++
 				}
-				a.release(i)
+				a.release(i, ordinary)
 			}
 			return n
 		}
@@ -353,7 +358,7 @@ func TestNewInstanceStartsSlowly(t *testing.T) {
 				if i.id.N == n {
 					hits++
 				}
-				a.release(i)
+				a.release(i, ordinary)
 			}
 			return float64(hits) / 2000
 		}
@@ -510,6 +515,6 @@ func BenchmarkAcquire(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		a.release(i)
+		a.release(i, ordinary)
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -21,6 +20,7 @@ import (
 
 	"tako/internal/ipc"
 	"tako/internal/proxy/message"
+	"tako/internal/proxy/upstream"
 	"tako/internal/route"
 	"tako/internal/tako"
 	"tako/internal/wire"
@@ -251,25 +251,29 @@ func TestFullQueueOfAUnixSocketIsWaitedFor(t *testing.T) {
 	check0(t, <-done)
 }
 
-// A call that streams in both directions may be silent for as long as it likes.
-func TestCallThatStreamsMayPause(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		c := piped(t, func(w http.ResponseWriter, r *http.Request) {
-			_ = http.NewResponseController(w).EnableFullDuplex()
-			_ = http.NewResponseController(w).Flush()
-			b, err := io.ReadAll(r.Body)
-			_, _ = fmt.Fprint(w, string(b), err)
-		})
-		_, err := io.WriteString(c, "POST / HTTP/1.1\r\nHost: blog.test\r\nContent-Type: application/grpc+proto\r\nContent-Length: 6\r\n\r\nabc")
-		check0(t, err)
-		resp, err := http.ReadResponse(bufio.NewReader(c), nil)
-		check0(t, err)
-		time.Sleep(10 * limits.Body)
-		_, err = io.WriteString(c, "def")
-		check0(t, err)
-		b, err := io.ReadAll(resp.Body)
-		if string(b) != "abcdef<nil>" || err != nil {
-			t.Errorf("got %q, %v", b, err)
+// A call that streams in both directions may be silent for as long as it likes;
+// what only says that it is one may not.
+func TestOnlyCallsThatStreamMayPause(t *testing.T) {
+	const grpc = "application/grpc+proto"
+	for _, test := range []struct {
+		name             string
+		major            uint8
+		asked, answered  string
+		h2c, unsent, may bool
+	}{
+		{"a call", 2, grpc, grpc, true, true, true},
+		{"in capitals", 2, "Application/GRPC", grpc, true, true, true},
+		{"over HTTP/1", 1, grpc, grpc, true, true, false},
+		{"to an instance of HTTP/1", 2, grpc, grpc, false, true, false},
+		{"of another kind", 2, "text/plain", grpc, true, true, false},
+		{"of no kind", 2, "", grpc, true, true, false},
+		{"answered by a page", 2, grpc, "text/html", true, true, false},
+		{"that was sent whole", 2, grpc, grpc, true, false, false},
+	} {
+		r := &message.Request{Major: test.major, Fields: []message.Field{field("Content-Type", test.asked)}}
+		in := &upstream.Incoming{Unsent: test.unsent, Response: message.Response{Fields: []message.Field{field("Content-Type", test.answered)}}}
+		if got := streams(r, in, &instance{h2c: test.h2c}); got != test.may {
+			t.Errorf("%s: %t", test.name, got)
 		}
-	})
+	}
 }

@@ -154,14 +154,20 @@ func TestBodyHasItsTime(t *testing.T) {
 		_ = p.nc.Close()
 		wait(600)
 	})
-	inTime(t, func(t *testing.T) { // slow, but fast enough, and in frames that take longer than the limit
+	inTime(t, func(t *testing.T) { // slow, but fast enough, and for longer than the limit
 		got := make(chan error, 1)
 		p := serve(t, read(got))
 		p.ask(1, false, base("POST", "/")...)
-		p.raw([]byte{0, 0x40, 0, 0, 1, 0, 0, 0, 1})
-		for range frameSize / 256 {
-			p.raw(make([]byte, 256))
-			wait(1)
+		from := time.Now()
+		for flag := byte(0); flag == 0; {
+			if time.Since(from) > limits.Body {
+				flag = 1
+			}
+			p.raw([]byte{0, 0x40, 0, 0, flag, 0, 0, 0, 1})
+			for range frameSize / 1024 {
+				p.raw(make([]byte, 1024))
+				wait(1)
+			}
 		}
 		if err := <-got; err != nil {
 			t.Errorf("got %v", err)
@@ -181,7 +187,7 @@ func TestBodyHasItsTime(t *testing.T) {
 			p := p.fork()
 			for range 20 { // a client that lives
 				time.Sleep(5 * time.Second)
-				p.data(1, false, strings.Repeat("a", 1000))
+				p.data(1, false, strings.Repeat("a", 3000))
 			}
 			p.data(1, true, "")
 		}()

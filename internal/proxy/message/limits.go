@@ -31,7 +31,7 @@ type Limits struct {
 // DefaultLimits are those that a proxy runs with.
 func DefaultLimits() Limits {
 	return Limits{
-		Head: 10 * time.Second, Keep: 120 * time.Second, Body: 60 * time.Second, BodyRate: 128, Write: 60 * time.Second,
+		Head: 10 * time.Second, Keep: 120 * time.Second, Body: 60 * time.Second, BodyRate: 512, Write: 60 * time.Second,
 		Linger: 500 * time.Millisecond, LingerBytes: 256 << 10, HalfOpen: 10 * time.Second, Streams: 100,
 	}
 }
