@@ -138,11 +138,10 @@ func retried(call, fd uintptr, b []byte) (int, error) {
 	}
 	for {
 		n, _, errno := syscall.RawSyscall(call, fd, uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
-		switch errno {
-		case 0:
+		if errno == 0 {
 			return int(n), nil
-		case syscall.EINTR:
-		default:
+		}
+		if errno != syscall.EINTR {
 			return 0, errno
 		}
 	}
