@@ -111,7 +111,7 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 		out.Upgrade = r.Upgrade
 		if r.Extended {
 			if !message.EqualFold(r.Upgrade, "websocket") {
-				answer(x, http.StatusNotImplemented, "Not Implemented")
+				h.refuse(x, fl, errNoWebSockets)
 				return
 			}
 			out.Method, out.Length, out.HasLength = methodGet, 0, false // its body is the stream's
@@ -137,6 +137,10 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 		h.tunnel(fl, in, id)
 		return
 	}
+	if r.Extended && in.Status/100 == 2 {
+		h.refuse(x, fl, errNotSwitched) // the client would take it for the stream it asked for
+		return
+	}
 	resp := &in.Response
 	responseFields(resp, id)
 	if isEventStream(resp) || streams(r, in, fl.inst) {
@@ -147,6 +151,13 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 		x.Abort() // the client must not take it for the whole
 	}
 }
+
+var (
+	errNotSwitched = errors.New("the app answered as if nobody had asked for a WebSocket")
+	// errNoWebSockets: the protocol asked for is none, or the instance speaks HTTP/2,
+	// to which nothing is upgraded.
+	errNoWebSockets = &refusal{status: http.StatusNotImplemented, body: "Not Implemented"}
+)
 
 var methodGet = []byte(http.MethodGet)
 
@@ -181,7 +192,7 @@ func reply(fl *flight, in *upstream.Incoming) error {
 			return err
 		}
 	}
-	if s, ok := x.(message.Splicer); ok && !x.Client().Secure && in.Rest() > upstream.SpliceOver {
+	if s, ok := x.(message.Splicer); ok && in.Rest() > upstream.SpliceOver && s.CanSplice() {
 		if err := x.Flush(); err != nil {
 			return err
 		}
@@ -241,6 +252,9 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 		}
 		fl.inst = inst
 		fl.uploading.Store(k == upload)
+		if fl.x.Request().Extended && inst.h2c {
+			return nil, errNoWebSockets
+		}
 		in, err := inst.pool.RoundTrip(&fl.Cancel, &fl.out)
 		if err == nil {
 			inst.answered()

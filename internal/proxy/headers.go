@@ -175,8 +175,10 @@ func validID(id []byte) bool {
 }
 
 // webSocketKey adds the key that an app wants to see, which HTTP/2 has not
-// (RFC 8441, 5.1). Nobody looks at what comes of it.
+// (RFC 8441, 5.1), in place of any that the client has sent all the same. Nobody
+// looks at what comes of it.
 func (fl *flight) webSocketKey() {
+	fl.out.Fields = without(fl.out.Fields, message.SecWebSocketKey)
 	var b [16]byte
 	for i := range b {
 		b[i] = byte(rand.Uint32())

@@ -44,14 +44,14 @@ func (m *master) h2Dial(root *x509.Certificate) *h2Client {
 	return c
 }
 
-// webSocket asks for one, by an extended CONNECT.
-func (c *h2Client) webSocket(stream uint32) {
+// webSocket asks for one, by an extended CONNECT with these fields, too.
+func (c *h2Client) webSocket(stream uint32, fields ...hpack.HeaderField) {
 	c.t.Helper()
 	c.head.Reset()
-	for _, f := range [...]hpack.HeaderField{
+	for _, f := range append([]hpack.HeaderField{
 		{Name: ":method", Value: http.MethodConnect}, {Name: ":protocol", Value: "websocket"}, {Name: ":scheme", Value: "https"},
 		{Name: ":authority", Value: "blog.test"}, {Name: ":path", Value: "/"}, {Name: "sec-websocket-version", Value: "13"},
-	} {
+	}, fields...) {
 		check0(c.t, c.enc.WriteField(f))
 	}
 	check0(c.t, c.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: stream, BlockFragment: c.head.Bytes(), EndHeaders: true}))

@@ -535,11 +535,14 @@ func (c *conn) Flush() error {
 	return x.err
 }
 
+// CanSplice implements message.Splicer.
+func (c *conn) CanSplice() bool { return c.tcp != nil && c.x.mode == counted }
+
 // SpliceFrom implements message.Splicer.
 func (c *conn) SpliceFrom(src net.Conn, n int64) (int64, error) {
 	x := c.x
 	switch {
-	case c.tcp == nil || x.mode != counted:
+	case !c.CanSplice():
 		return 0, errors.ErrUnsupported
 	case x.err != nil:
 		return 0, x.err

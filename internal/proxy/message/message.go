@@ -201,6 +201,9 @@ type Watcher interface{ ClientGone() }
 
 // Splicer is what an Exchange may be, too.
 type Splicer interface {
+	// CanSplice reports, once Begin has been called, whether SpliceFrom would not
+	// return errors.ErrUnsupported.
+	CanSplice() bool
 	// SpliceFrom moves the next n bytes of the body from src to the client, in the
 	// kernel where it can, and returns how many were moved. It is for large bodies
 	// of a known length that are sent as they are. Errors.ErrUnsupported means that
