@@ -8,7 +8,9 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"tako/internal/takotest"
 )
@@ -37,9 +39,12 @@ func readMessage(r io.Reader) ([]byte, error) {
 }
 
 // calls is an app with methods as gRPC has them.
-type calls struct{}
+type calls struct {
+	all       sync.WaitGroup // of a crowd: not yet there
+	cancelled chan string    // methods whose client has gone
+}
 
-func (calls) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+func (g *calls) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	rc := http.NewResponseController(w)
 	if r.ProtoMajor != 2 || r.Header.Get("Te") != "trailers" || r.Header.Get("Content-Type") != "application/grpc" {
 		http.Error(w, fmt.Sprint(r.Proto, r.Header), http.StatusTeapot)
@@ -63,8 +68,12 @@ func (calls) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case "/test.Echo/Refused": // nothing but trailers
 		h.Set("Grpc-Status", "7")
 		h.Set("Grpc-Message", "not you")
-	case "/test.Echo/Stream":
+	case "/test.Echo/Stream", "/test.Echo/Crowd":
 		rc.Flush()
+		if r.URL.Path == "/test.Echo/Crowd" {
+			g.all.Done()
+			g.all.Wait()
+		}
 		for {
 			text, err := readMessage(r.Body)
 			if errors.Is(err, io.EOF) {
@@ -72,11 +81,20 @@ func (calls) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 				return
 			}
 			if err != nil {
+				g.cancelled <- r.URL.Path
 				return
 			}
 			w.Write(message(text))
 			rc.Flush()
 		}
+	case "/test.Echo/Wait": // until the client goes
+		rc.Flush()
+		<-r.Context().Done()
+		g.cancelled <- r.URL.Path + " " + r.Header.Get("Grpc-Timeout")
+	case "/test.Echo/Dies": // in the middle of its answer
+		w.Write(message([]byte("first")))
+		rc.Flush()
+		panic(http.ErrAbortHandler)
 	}
 }
 
@@ -128,7 +146,7 @@ func conversation(ctx context.Context, s *takotest.Server, client *http.Client, 
 func TestDataPathCallsOfGRPC(t *testing.T) {
 	t.Parallel()
 	s := start(t, takotest.Options{})
-	app := calls{}
+	app := &calls{cancelled: make(chan string, 2000)}
 	serveApp(t, s, "grpc", app, map[string]any{"protocol": "h2c", "limits": map[string]any{"in_flight": 2000}})
 	client := s.Client(takotest.H2)
 	defer client.CloseIdleConnections()
@@ -172,5 +190,80 @@ func TestDataPathCallsOfGRPC(t *testing.T) {
 		if err := conversation(ctx, s, client, "Stream", n); err != nil {
 			t.Error(err)
 		}
+	})
+	gone := func(t *testing.T, want string) {
+		t.Helper()
+		select {
+		case got := <-app.cancelled:
+			if got != want {
+				t.Errorf("the app saw the end of %q, want %q", got, want)
+			}
+		case <-time.After(takotest.AskWait):
+			t.Errorf("the app did not see the end of %s", want)
+		}
+	}
+	t.Run("cancelled", func(t *testing.T) {
+		for _, method := range []string{"Wait", "Stream"} {
+			ctx, cancel := context.WithCancel(ctx)
+			pr, pw := io.Pipe()
+			res, err := call(ctx, s, client, method, pr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cancel()
+			res.Body.Close() // net/http looks at ctx only when the body is sent
+			pw.Close()
+			gone(t, "/test.Echo/"+method+map[string]string{"Wait": " 50S"}[method])
+		}
+	})
+	t.Run("too late", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(ctx, 300*time.Millisecond)
+		defer cancel()
+		res, err := call(ctx, s, client, "Wait", nil)
+		if err == nil {
+			_, err = io.ReadAll(res.Body)
+			res.Body.Close()
+		}
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		if res != nil { // or it never came so far
+			gone(t, "/test.Echo/Wait 50S")
+		}
+	})
+	t.Run("an app that dies", func(t *testing.T) {
+		res, err := call(ctx, s, client, "Dies", strings.NewReader(string(message([]byte("x")))))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		if body, err := io.ReadAll(res.Body); err == nil {
+			t.Errorf("half an answer looks whole: %q, %v", body, res.Trailer)
+		}
+	})
+	t.Run("a thousand at once", func(t *testing.T) {
+		const crowd = 1000
+		app.all.Add(crowd)
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		failed := 0
+		for range 10 {
+			client := s.Client(takotest.H2)
+			client.Timeout = 2 * takotest.AskWait
+			defer client.CloseIdleConnections()
+			for range crowd / 10 {
+				wg.Go(func() {
+					if err := conversation(ctx, s, client, "Crowd", 5); err != nil {
+						mu.Lock()
+						defer mu.Unlock()
+						if failed++; failed <= 5 {
+							t.Error(err)
+						}
+					}
+				})
+			}
+		}
+		wg.Wait()
+		t.Logf("%d of %d streams that were open at once failed", failed, crowd)
 	})
 }
