@@ -124,8 +124,12 @@ func TestInstanceThatDiedBeforeItWasAdoptedIsReportedAtOnce(t *testing.T) {
 	waitGone(t, pid)
 }
 
-func TestAdoptWithAnotherProcessesDescriptorIsRefused(t *testing.T) {
+// TestAdoptWithAnotherProcessesDescriptorCostsThatInstance: the agent and its
+// others go on.
+func TestAdoptWithAnotherProcessesDescriptorCostsThatInstance(t *testing.T) {
 	r := newRig(t, unprivileged)
+	other := r.app(2, "unix")
+	r.start(other)
 	self, err := unix.PidfdOpen(os.Getpid(), 0)
 	must(t, err)
 	defer ipc.FD(self).Close()
@@ -133,11 +137,101 @@ func TestAdoptWithAnotherProcessesDescriptorIsRefused(t *testing.T) {
 	must(t, unix.Pipe2(pipe[:], unix.O_CLOEXEC))
 	defer ipc.FD(pipe[0]).Close()
 	defer ipc.FD(pipe[1]).Close()
-	must(t, r.conn.Send(0, &wire.Adopt{Start: *r.app(1, "tcp"), PID: os.Getppid()}, ipc.FD(self), ipc.FD(pipe[0]), ipc.FD(pipe[0])))
-	err = <-r.ended
+	m := r.app(1, "tcp")
+	must(t, r.conn.Send(0, &wire.Adopt{Start: *m, PID: os.Getppid()}, ipc.FD(self), ipc.FD(pipe[0]), ipc.FD(pipe[0])))
+	if e := want[*wire.Exited](r); e.Instance != m.Instance || !e.Exit.Forgotten {
+		t.Errorf("%+v", e)
+	}
+	must(t, r.conn.Send(0, &wire.Stop{Instance: other.Instance, GraceMS: 5000}))
+	if e := want[*wire.Exited](r); e.Instance != other.Instance || e.Exit.Forgotten {
+		t.Errorf("%+v", e)
+	}
+}
+
+// TestAdoptedInstanceNeedNotFitTheSettings: its port was chosen by others; what is
+// started has to.
+func TestAdoptedInstanceNeedNotFitTheSettings(t *testing.T) {
+	must(t, supervise.Subreaper()) // as tako-master is
+	for _, hold := range []bool{false, true} {
+		first, kill := newMortalRig(t)
+		m := first.app(1, "tcp")
+		must(t, first.conn.Send(0, m))
+		started, files := wantFiles[*wire.Started](first)
+		for p := want[*wire.Probed](first); !p.Good; p = want[*wire.Probed](first) {
+		}
+		if !hold {
+			kill()
+		}
+		r := newRig(t, wire.AgentSettings{PortMin: 1, PortMax: 1})
+		must(t, r.conn.Send(0, &wire.Adopt{Start: *m, PID: started.PID, Via: wire.TransportTCP, Hold: hold}, files...))
+		for _, f := range files {
+			f.Close()
+		}
+		if hold {
+			kill()
+			must(t, r.conn.Send(0, &wire.Begin{}))
+		}
+		if p := want[*wire.Probed](r); !p.Good || p.Instance != m.Instance {
+			t.Errorf("%+v", p)
+		}
+		next := r.app(2, "tcp")
+		must(t, r.conn.Send(0, next))
+		if f := want[*wire.StartFailed](r); f.Instance != next.Instance || !strings.Contains(f.Reason, "is not from 1 to 1") {
+			t.Errorf("%+v", f)
+		}
+		must(t, r.conn.Send(0, &wire.Stop{Instance: m.Instance, GraceMS: 5000}))
+		want[*wire.Exited](r)
+		waitGone(t, started.PID)
+	}
+}
+
+// TestInstanceThatCannotBeWatchedIsTheOldAgents: the next agent says so before it
+// has it, and leaves what it held alone. Without another agent it is ended.
+func TestInstanceThatCannotBeWatchedIsTheOldAgents(t *testing.T) {
+	must(t, supervise.Subreaper()) // as tako-master is
+	first, kill := newMortalRig(t)
+	m, fine := first.app(1, "unix"), first.app(2, "unix")
+	must(t, first.conn.Send(0, m))
+	started, files := wantFiles[*wire.Started](first)
+	must(t, first.conn.Send(0, fine))
+	startedFine, filesFine := wantFiles[*wire.Started](first)
+	for good := map[uint32]bool{}; len(good) < 2; {
+		if p := want[*wire.Probed](first); p.Good {
+			good[p.Instance.N] = true
+		}
+	}
+	bad := *m
+	bad.Probe.Path = "no path"
+
+	r := newRig(t, unprivileged)
+	must(t, r.conn.Send(0, &wire.Adopt{Start: *fine, PID: startedFine.PID, Via: wire.TransportUnix, Hold: true}, filesFine...))
+	must(t, r.conn.Send(0, &wire.Adopt{Start: bad, PID: started.PID, Via: wire.TransportUnix, Hold: true}, files...))
+	err := <-r.ended
 	r.ended <- err
 	if !errors.Is(err, ipc.ErrProtocol) {
 		t.Errorf("Run: %v", err)
+	}
+	for seen := map[uint32]bool{}; len(seen) < 2; { // both go on
+		p := want[*wire.Probed](first)
+		if !p.Good {
+			t.Errorf("%+v", p)
+		}
+		seen[p.Instance.N] = true
+	}
+	kill()
+
+	r = newRig(t, unprivileged)
+	must(t, r.conn.Send(0, &wire.Adopt{Start: bad, PID: started.PID, Via: wire.TransportUnix}, files...))
+	must(t, r.conn.Send(0, &wire.Adopt{Start: *fine, PID: startedFine.PID, Via: wire.TransportUnix}, filesFine...))
+	for _, f := range append(files, filesFine...) {
+		f.Close()
+	}
+	if e := want[*wire.Exited](r); e.Instance != m.Instance {
+		t.Errorf("%+v", e)
+	}
+	waitGone(t, started.PID)
+	if p := want[*wire.Probed](r); !p.Good || p.Instance != fine.Instance {
+		t.Errorf("%+v", p)
 	}
 }
 

@@ -123,8 +123,14 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	if ctx.Err() != nil {
 		err = nil // whatever failed, it failed for that
 	}
-	err = errors.Join(err, a.begin()) // what was held is to be stopped too
-	a.leave()                         // every instance is asked to stop, every call given up
+	if errors.Is(err, ipc.ErrProtocol) { // the master lives: what is held is still another agent's
+		for _, m := range a.held {
+			m.Discard()
+		}
+	} else {
+		err = errors.Join(err, a.begin()) // what was held is to be stopped too
+	}
+	a.leave() // every instance is asked to stop, every call given up
 	_ = a.conn.Close()
 	for m := range received {
 		m.Discard()

@@ -99,22 +99,30 @@ func (a *agent) start(m *wire.Start) error {
 	return nil
 }
 
-// adopt takes over an instance that another agent has started.
+// adopt takes over an instance that another agent has started. It runs: the ranges
+// of the settings are for what starts, and one that cannot be watched costs itself
+// and nothing else. While it is only to be held the agent before can go on, so that
+// the master may as well know.
 func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
 	spec := &body.Start
 	if before := a.held[spec.Instance]; before != nil {
 		before.Discard()
 		delete(a.held, spec.Instance)
 	}
+	t := a.target(spec)
+	bad := checkSpec(spec, &t)
 	if body.Hold {
+		if bad != nil {
+			return fmt.Errorf("%w: hold %s: %w", ipc.ErrProtocol, spec.Instance, bad)
+		}
 		held := *m
 		m.Files, body.Hold = nil, false
 		a.held[spec.Instance] = &held
 		return nil
 	}
-	t := a.target(spec)
-	if err := a.checkStart(spec, &t); err != nil {
-		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
+	if a.instances[spec.Instance] != nil {
+		a.log.Error("instance is there already", logging.Instance, spec.Instance.String())
+		return nil
 	}
 	inst := &instance{spec: spec, log: a.takeLog(spec.LogDir, spec.LogBytes, spec.LogFiles, spec.Command.User.GID)}
 	began := time.Now().Add(-time.Duration(max(body.AfterMS, 0)) * time.Millisecond)
@@ -123,7 +131,7 @@ func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
 	p, err := launch.Adopt(a.config(spec, inst.log.Log), body.PID, began, files)
 	if err != nil {
 		a.dropLog(inst.log)
-		return fmt.Errorf("%w: adopt %s: %w", ipc.ErrProtocol, spec.Instance, err)
+		return a.lost(spec.Instance, err)
 	}
 	inst.process, inst.via, inst.good = p, body.Via, body.Via != ""
 	a.instances[spec.Instance] = inst
@@ -132,8 +140,19 @@ func (a *agent) adopt(m *wire.Message, body *wire.Adopt) error {
 	}
 	t.Via = body.Via
 	a.log.Debug("instance adopted", logging.Instance, spec.Instance.String(), logging.PID, p.PID)
+	if bad != nil {
+		a.log.Error("instance cannot be watched: it is stopped", logging.Instance, spec.Instance.String(), logging.Reason, bad.Error())
+		t.Probe = wire.Probe{Kind: wire.ProbeAlive}
+		p.Stop(LeaveGrace)
+	}
 	a.all.Go(func() { a.follow(t, spec, p, inst.log.Log) })
 	return nil
+}
+
+// lost says of an instance that was to be adopted that it is no more.
+func (a *agent) lost(id tako.InstanceID, why error) error {
+	a.log.Error("instance cannot be adopted", logging.Instance, id.String(), logging.Reason, why.Error())
+	return a.conn.Send(0, &wire.Exited{Instance: id, Exit: wire.Exit{Code: -1, Forgotten: true}, LastLines: []string{"not adopted: " + why.Error()}})
 }
 
 // config is how an instance is started.
@@ -152,14 +171,19 @@ func (a *agent) target(m *wire.Start) health.Target {
 	}
 }
 
+// checkStart refuses what is not to be started with these settings.
 func (a *agent) checkStart(m *wire.Start, t *health.Target) error {
+	if m.Port != 0 && (m.Port < a.settings.PortMin || m.Port > a.settings.PortMax) {
+		return fmt.Errorf("port %d is not from %d to %d", m.Port, a.settings.PortMin, a.settings.PortMax)
+	}
+	return checkSpec(m, t)
+}
+
+// checkSpec refuses what no settings permit.
+func checkSpec(m *wire.Start, t *health.Target) error {
 	switch {
 	case m.Instance.N == 0:
 		return fmt.Errorf("it has no number")
-	case a.instances[m.Instance] != nil:
-		return fmt.Errorf("it is there already")
-	case m.Port != 0 && (m.Port < a.settings.PortMin || m.Port > a.settings.PortMax):
-		return fmt.Errorf("port %d is not from %d to %d", m.Port, a.settings.PortMin, a.settings.PortMax)
 	case m.Socket != "" && !clean(m.Socket):
 		return fmt.Errorf("socket %q", m.Socket)
 	case m.ReadyMS < 0:

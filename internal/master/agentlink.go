@@ -142,6 +142,10 @@ func (s *server) replaceAgent(ctx context.Context) error {
 			return fmt.Errorf("the new tako-agent does not take its messages (%w): the old one goes on", err)
 		}
 	}
+	if err := next.echo(); err != nil {
+		next.kill(err)
+		return fmt.Errorf("the new tako-agent cannot take the instances (%w): the old one goes on", err)
+	}
 	s.agentMu.Lock()
 	l, came := s.agent, s.agentCame
 	if l == nil || s.noSpare { // it has just died, and another one is on its way
@@ -170,6 +174,25 @@ func (s *server) replaceAgent(ctx context.Context) error {
 		return errors.New("the new tako-agent did not come up: instances run on, unwatched, until one does")
 	case <-ctx.Done():
 		return errNoServer
+	}
+}
+
+// echo waits until an agent that nobody receives from has taken all it was sent.
+func (l *link) echo() error {
+	late := time.AfterFunc(ReadyTimeout, func() { l.kill(fmt.Errorf("no answer within %s", ReadyTimeout)) })
+	defer late.Stop()
+	if err := l.conn.Send(1, &wire.Ping{}); err != nil {
+		return err
+	}
+	for {
+		m, err := l.conn.Receive()
+		if err != nil {
+			return err
+		}
+		m.Discard()
+		if _, ok := m.Body.(*wire.Pong); ok {
+			return nil
+		}
 	}
 }
 

@@ -288,7 +288,10 @@ func (a *app) pickPort(n uint32) uint16 {
 	}
 	lo, hi := int(a.srv.s.portMin), int(a.srv.s.portMax)
 	width := hi - lo + 1
-	base := int(a.reg.BasePort) - lo + int(a.srv.s.InstancePortOffset) // not negative: prepareApp
+	base := int(a.reg.BasePort) - lo + int(a.srv.s.InstancePortOffset)
+	if base %= width; base < 0 { // of a range before a reload: the next deploy allocates another one
+		base += width
+	}
 	for i := range PortsPerApp {
 		port := uint16(lo + (base+(int(n)-1+i)%PortsPerApp)%width) // within the range
 		if !used[port] && portFree(port) {

@@ -1,0 +1,66 @@
+package integration
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+	"time"
+
+	"tako/internal/takotest"
+)
+
+// setFile writes the settings file.
+func setFile(t *testing.T, s *takotest.Server, text string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(s.Data, "server-config.toml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReloadWithOtherInstancePortsKeepsTheInstances: those go on where they listen,
+// and what is started later, by a deploy or in the place of one that died, listens
+// where the settings say.
+func TestReloadWithOtherInstancePortsKeepsTheInstances(t *testing.T) {
+	t.Parallel()
+	for what, ports := range map[string]struct {
+		text   string
+		lo, hi int
+	}{
+		"overlapping": {"20050-21049", 20050, 21049},
+		"disjoint":    {"31000-31999", 31000, 31999},
+	} {
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, takotest.Options{})
+			deploy(t, s, "blog", "1", quick(nil))
+			deploy(t, s, "shop", "1", quick(nil))
+			blog, shop := treeOf(t, s, "blog"), treeOf(t, s, "shop")
+			l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 8, Pause: 10 * time.Millisecond, Once: true})
+			defer l.Stop()
+			setFile(t, s, "instance-ports = \""+ports.text+"\"\n")
+			good(t, s, "reload with other instance ports")
+			asked := l.Report().Requests
+			until(t, takotest.StartWait, "some requests", func() bool { return l.Report().Requests > asked+50 })
+			after := treeOf(t, s, "blog")
+			if !slices.Equal(after.instances, blog.instances) || !slices.Equal(instancePIDs(t, s, "shop"), shop.instances) {
+				t.Errorf("running %+v, before %+v", after, blog)
+			}
+			if len(after.agents) != 1 || after.agents[0] == blog.agents[0] {
+				t.Errorf("agents %v, before %v", after.agents, blog.agents)
+			}
+			within := func(app string) bool {
+				in := status(t, s, app).Instances
+				return len(in) == 1 && in[0].State == "healthy" && in[0].Port >= ports.lo && in[0].Port <= ports.hi
+			}
+			deploy(t, s, "blog", "2", quick(nil))
+			until(t, takotest.StartWait, "the deployed one on one of the new ports", func() bool { return within("blog") })
+			_, _ = s.Get(t.Context(), takotest.TLS1, "shop.localhost/crash")
+			until(t, takotest.StartWait, "a replacement on one of the new ports", func() bool { return within("shop") })
+			noFailures(t, "a reload with other instance ports, "+what, l, "the same instances")
+			if pid := agentPID(t, s); pid != after.agents[0] {
+				t.Errorf("agent %d, right after the reload it was %d", pid, after.agents[0])
+			}
+		})
+	}
+}
