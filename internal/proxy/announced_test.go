@@ -27,7 +27,7 @@ func announcing(t *testing.T, engine wire.HTTPEngine, trusted ...string) *master
 	m.send(&wire.Serve{})
 	expect[*wire.Ready](m)
 	m.plainApp(served(t, func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, "%s for %s", r.Header.Get("X-Forwarded-Proto"), r.Header.Get("X-Forwarded-For"))
+		fmt.Fprintf(w, "%s for %s at %s", r.Header.Get("X-Forwarded-Proto"), r.Header.Get("X-Forwarded-For"), r.Header.Get("X-Forwarded-Host"))
 	}))
 	return m
 }
@@ -48,7 +48,7 @@ func said(t *testing.T, addr string, roots *x509.CertPool, pieces ...string) (st
 	if roots != nil {
 		c = tls.Client(c, &tls.Config{RootCAs: roots, ServerName: "blog.test"})
 	}
-	if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: blog.test\r\nX-Forwarded-For: 192.0.2.99\r\nConnection: close\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: blog.test\r\nX-Forwarded-For: 192.0.2.99\r\nX-Forwarded-Host: theirs\r\nConnection: close\r\n\r\n"); err != nil {
 		return "", err
 	}
 	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -75,11 +75,19 @@ func TestClientsAreThoseThatTheBalancerAnnounces(t *testing.T) {
 			{[]string{"PROXY TC", "P4 198.51.100.7 192.0.2.1 4000 80\r", "\n"}, "198.51.100.7"},
 			{[]string{"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\xc6\x33\x64\x07\xc0\x00\x02\x01\x0f\xa0\x00\x50"}, "198.51.100.7"},
 			{[]string{"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"}, "192.0.2.99, 127.0.0.1"}, // itself, which is trusted
+			// Somebody else, of whom nothing is known: no word of theirs is believed.
+			{[]string{"PROXY UNKNOWN\r\n"}, ""},
+			{[]string{"\r\n\r\n\x00\r\nQUIT\n\x21\x00\x00\x00"}, ""},
+			{[]string{"\r\n\r\n\x00\r\nQUIT\n\x21\x31\x00\xd8" + strings.Repeat("/", 216)}, ""},
 		} {
-			if got, err := said(t, m.plain, nil, test.pieces...); got != "http for "+test.want || err != nil {
+			at := " at blog.test"
+			if strings.Contains(test.want, "192.0.2.99") { // one who is believed
+				at = " at theirs"
+			}
+			if got, err := said(t, m.plain, nil, test.pieces...); got != "http for "+test.want+at || err != nil {
 				t.Errorf("%s: %q: %q, %v", engine, test.pieces, got, err)
 			}
-			if got, err := said(t, m.tls, roots, test.pieces...); got != "https for "+test.want || err != nil {
+			if got, err := said(t, m.tls, roots, test.pieces...); got != "https for "+test.want+at || err != nil {
 				t.Errorf("%s with TLS: %q: %q, %v", engine, test.pieces, got, err)
 			}
 		}

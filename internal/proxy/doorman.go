@@ -186,8 +186,11 @@ func (g *guest) Read(b []byte) (int, error) {
 }
 
 func (g *guest) announced() error {
+	if !g.door.announces() {
+		return nil
+	}
 	client, err := g.door.announced(g.Conn, time.Now().Add(g.head))
-	if err != nil || !client.IsValid() {
+	if err != nil {
 		return err
 	}
 	g.mu.Lock()
@@ -195,10 +198,9 @@ func (g *guest) announced() error {
 	if g.gone {
 		return net.ErrClosed
 	}
-	if g.seat, err = g.seat.pass(client); err != nil {
+	if g.seat, err = g.seat.announce(client, g.client); err != nil {
 		return err
 	}
-	g.client.Addr = client.Addr()
 	return g.SetReadDeadline(time.Now().Add(g.head)) // as net/http had set it
 }
 

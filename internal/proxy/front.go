@@ -130,9 +130,8 @@ func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 	if ok {
 		by := time.Now().Add(f.limits.Head)
 		announced, err := f.door.announced(c, by)
-		if err == nil && announced.IsValid() {
-			client.Addr = announced.Addr()
-			s, err = s.pass(announced)
+		if err == nil {
+			s, err = s.announce(announced, client)
 		}
 		if ok = err == nil; !ok {
 			f.log.Debug("connection refused", "peer", c.RemoteAddr(), "error", err)

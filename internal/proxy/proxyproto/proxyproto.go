@@ -34,24 +34,32 @@ var (
 
 const headV2 = 16 // the part of fixed length
 
+// A Client is who a header says that the connection is of.
+type Client struct {
+	// Addr is not valid if Local, or if the balancer does not tell: UNKNOWN, UNSPEC,
+	// or a Unix socket.
+	Addr netip.AddrPort
+	// Local: the balancer itself, as in its probes. In all other cases the client is
+	// somebody else, told or not.
+	Local bool
+}
+
 // Read reads the header at the beginning of a connection, by the deadline, and
-// returns the address of the client that it names. The address is not valid if
-// the balancer speaks for itself (LOCAL, as in its probes) or does not tell
-// (UNKNOWN, a Unix socket): the client is then the peer itself. What follows the
-// header is left in the connection; its read deadline is taken off. An error is
-// one of this package's, or of reading.
-func Read(c net.Conn, deadline time.Time) (netip.AddrPort, error) {
+// returns the client that it names. What follows the header is left in the
+// connection; its read deadline is taken off. An error is one of this package's,
+// or of reading.
+func Read(c net.Conn, deadline time.Time) (Client, error) {
 	if err := c.SetReadDeadline(deadline); err != nil {
-		return netip.AddrPort{}, err
+		return Client{}, err
 	}
 	client, err := read(c)
 	if err != nil {
-		return netip.AddrPort{}, fmt.Errorf("read who the client is: %w", err)
+		return Client{}, fmt.Errorf("read who the client is: %w", err)
 	}
 	return client, c.SetReadDeadline(time.Time{})
 }
 
-func read(r io.Reader) (netip.AddrPort, error) {
+func read(r io.Reader) (Client, error) {
 	var buf [MaxV1]byte
 	// No header is shorter than this beginning of version 2.
 	first := buf[:len(prefixV2)]
@@ -59,10 +67,10 @@ func read(r io.Reader) (netip.AddrPort, error) {
 		m, err := r.Read(first[n:])
 		n += m
 		if !bytes.HasPrefix(prefixV2, first[:n]) && !bytes.HasPrefix(prefixV1, first[:min(n, len(prefixV1))]) {
-			return netip.AddrPort{}, ErrNone
+			return Client{}, ErrNone
 		}
 		if err != nil && n < len(first) {
-			return netip.AddrPort{}, cut(err)
+			return Client{}, cut(err)
 		}
 	}
 	if first[0] == prefixV2[0] {
@@ -71,11 +79,11 @@ func read(r io.Reader) (netip.AddrPort, error) {
 	n := len(first)
 	for ; buf[n-1] != '\n'; n++ {
 		if n == len(buf) {
-			return netip.AddrPort{}, ErrTooLong
+			return Client{}, ErrTooLong
 		}
 		// Nothing says where the line ends but its end.
 		if _, err := io.ReadFull(r, buf[n:n+1]); err != nil {
-			return netip.AddrPort{}, cut(err)
+			return Client{}, cut(err)
 		}
 	}
 	return parseV1(buf[:n])
@@ -90,17 +98,17 @@ func cut(err error) error {
 }
 
 // parseV1 parses a line of version 1, which begins with prefixV1 and ends in LF.
-func parseV1(line []byte) (netip.AddrPort, error) {
+func parseV1(line []byte) (Client, error) {
 	line, ok := bytes.CutSuffix(line[len(prefixV1):], []byte("\r\n"))
 	if !ok || bytes.IndexByte(line, '\n') >= 0 || bytes.IndexByte(line, '\r') >= 0 {
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	if rest, is := bytes.CutPrefix(line, []byte("UNKNOWN")); is && (len(rest) == 0 || rest[0] == ' ') {
-		return netip.AddrPort{}, nil // what follows is to be ignored
+		return Client{}, nil // what follows is to be ignored
 	}
 	words := bytes.Split(line, []byte{' '})
 	if len(words) != 5 {
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	var is6 bool
 	switch string(words[0]) {
@@ -108,16 +116,16 @@ func parseV1(line []byte) (netip.AddrPort, error) {
 	case "TCP6":
 		is6 = true
 	default:
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	from, ok1 := address(words[1], is6)
 	_, ok2 := address(words[2], is6)
 	port, ok3 := number(words[3])
 	_, ok4 := number(words[4])
 	if !ok1 || !ok2 || !ok3 || !ok4 {
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
-	return netip.AddrPortFrom(from, port), nil
+	return Client{Addr: netip.AddrPortFrom(from, port)}, nil
 }
 
 // address parses an address of that family.
@@ -147,38 +155,38 @@ const (
 )
 
 // readV2 reads version 2 behind its prefix.
-func readV2(r io.Reader) (netip.AddrPort, error) {
+func readV2(r io.Reader) (Client, error) {
 	var head [headV2]byte
 	fixed := head[len(prefixV2):]
 	if _, err := io.ReadFull(r, fixed); err != nil {
-		return netip.AddrPort{}, cut(err)
+		return Client{}, cut(err)
 	}
 	if fixed[0]&0xf0 != version2 {
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	n := int(binary.BigEndian.Uint16(fixed[2:]))
 	if n > MaxV2-headV2 {
-		return netip.AddrPort{}, ErrTooLong
+		return Client{}, ErrTooLong
 	}
 	body := make([]byte, n)
 	if _, err := io.ReadFull(r, body); err != nil {
-		return netip.AddrPort{}, cut(err)
+		return Client{}, cut(err)
 	}
 	switch fixed[0] & 0xf {
 	case cmdLocal:
-		return netip.AddrPort{}, nil // what it says of addresses is to be ignored
+		return Client{Local: true}, nil // what it says of addresses is to be ignored
 	case cmdProxy:
 		return parseV2(fixed[1], body)
 	}
-	return netip.AddrPort{}, ErrInvalid
+	return Client{}, ErrInvalid
 }
 
 // parseV2 parses addresses and extensions of version 2.
-func parseV2(family byte, b []byte) (netip.AddrPort, error) {
+func parseV2(family byte, b []byte) (Client, error) {
 	var size, addresses int // of one address, and of all with their ports
 	switch family {
 	case famUnspec:
-		return netip.AddrPort{}, nil
+		return Client{}, nil
 	case famTCP4:
 		size, addresses = 4, 12
 	case famTCP6:
@@ -186,16 +194,16 @@ func parseV2(family byte, b []byte) (netip.AddrPort, error) {
 	case famUnix:
 		addresses = 216
 	default:
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	if len(b) < addresses || !areExtensions(b[addresses:]) {
-		return netip.AddrPort{}, ErrInvalid
+		return Client{}, ErrInvalid
 	}
 	from, ok := netip.AddrFromSlice(b[:size])
 	if !ok { // of a Unix socket
-		return netip.AddrPort{}, nil
+		return Client{}, nil
 	}
-	return netip.AddrPortFrom(from.Unmap(), binary.BigEndian.Uint16(b[2*size:])), nil
+	return Client{Addr: netip.AddrPortFrom(from.Unmap(), binary.BigEndian.Uint16(b[2*size:]))}, nil
 }
 
 // areExtensions: b is a row of types, lengths and values, whose meaning is no
