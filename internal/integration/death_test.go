@@ -2,6 +2,7 @@ package integration
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -13,8 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
+	"tako/internal/ipc"
 	"tako/internal/management"
 	"tako/internal/takotest"
+	"tako/internal/wire"
 )
 
 // tree is who runs in a server: the pids of each of tako's roles and of an app.
@@ -404,4 +409,78 @@ func TestMasterKilledInAReloadWithAStoreFailsNothing(t *testing.T) {
 		t.Errorf("%d processes: %v", n, s.Processes())
 	}
 	chatters(t, s, "blog")
+}
+
+// TestInstanceThatADeadMasterWasJustStartingIsStopped: it asked for one that is of
+// no committed rollout, and the agent had not come to it when the next one came.
+func TestInstanceThatADeadMasterWasJustStartingIsStopped(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{Manager: true})
+	deploy(t, s, "blog", "1", quick(nil))
+	before := treeOf(t, s, "blog")
+	if err := s.Die(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Signal(before.agents[0], syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	var about struct {
+		Start wire.Start `json:"start"`
+	}
+	if err := s.Manager().Change("tako-instance-blog.1-about", func(fd int) (int, error) {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return fd, err
+		}
+		b := make([]byte, st.Size)
+		if _, err := unix.Pread(fd, b, 0); err != nil {
+			return fd, err
+		}
+		return fd, json.Unmarshal(b, &about)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	next := about.Start
+	next.Instance.N, next.Rollout = 2, 1
+	for i, v := range next.Command.Env {
+		switch name, _, _ := strings.Cut(v, "="); name {
+		case "TAKO_INSTANCE":
+			next.Command.Env[i] = "TAKO_INSTANCE=2"
+		case "TAKO_APP_SOCKET":
+			next.Socket = filepath.Join(filepath.Dir(next.Socket), "2.sock")
+			next.Command.Env[i] = "TAKO_APP_SOCKET=" + next.Socket
+		}
+	}
+	if err := s.Manager().Change("tako-agent-1-channel", func(fd int) (int, error) {
+		dup, err := takotest.Dup(fd)
+		if err != nil {
+			return fd, err
+		}
+		ch, err := ipc.Open(ipc.FD(dup))
+		if err != nil {
+			return fd, err
+		}
+		dead, err := wire.ResumeConn(ch, wire.LinkAgent, wire.Master, wire.Position{Out: wire.Serving, In: wire.Serving})
+		if err != nil {
+			return fd, err
+		}
+		return fd, errors.Join(dead.Send(0, &next), dead.Close())
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Launch(); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(700 * time.Millisecond) // until it asks the agent what that knows, most likely
+	if err := s.Signal(before.agents[0], syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "the end of the instance that nobody wants", func() bool { return logged(s, "app=blog instance=2 how=") > 0 })
+	until(t, takotest.StartWait, "the instance of before and no other", func() bool {
+		st := status(t, s, "blog")
+		return len(st.Instances) == 1 && st.Instances[0].PID == before.instances[0] && len(apps(s)) == 2
+	})
+	if now := agentPID(t, s); now != before.agents[0] {
+		t.Errorf("agent %d, before %d", now, before.agents[0])
+	}
 }

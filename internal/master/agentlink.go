@@ -326,7 +326,7 @@ func (s *server) employ(l *link) {
 			switch {
 			case p.start != nil && !p.sent:
 				p.sent = s.agentSend(p.start) == nil
-			case len(p.held) > 0 && !p.stopBy.IsZero():
+			case !p.stopBy.IsZero(): // also one that is just being started
 				_ = s.agentSend(&wire.Stop{Instance: a.instance(n), GraceMS: int(max(time.Until(p.stopBy), 0).Milliseconds())})
 			}
 		}
