@@ -312,6 +312,35 @@ func TestChildrenOfAnotherVersionAreReplacedInOrder(t *testing.T) {
 	}
 }
 
+// TestSettingsThatChangedWithAMasterReachTheAgent: it is replaced then, and its
+// instances go on.
+func TestSettingsThatChangedWithAMasterReachTheAgent(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{Manager: true})
+	deploy(t, s, "blog", "1", quick(nil))
+	before := treeOf(t, s, "blog")
+	l := s.Load(t.Context(), "blog.localhost/", takotest.LoadOptions{Clients: 8, Pause: 10 * time.Millisecond})
+	defer l.Stop()
+	if err := s.Die(); err != nil {
+		t.Fatal(err)
+	}
+	setFile(t, s, "instance-ports = \"31000-31999\"\n")
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "another agent", func() bool { pid := agentPID(t, s); return pid != 0 && pid != before.agents[0] })
+	if after := treeOf(t, s, "blog"); !slices.Equal(after.instances, before.instances) || !slices.Equal(after.proxies, before.proxies) {
+		t.Errorf("running %+v, before %+v", after, before)
+	}
+	deploy(t, s, "blog", "2", quick(nil))
+	noFailures(t, "kill -9 tako-master, and a start with other settings", l, "")
+	after := agentPID(t, s)
+	dieAndComeBack(t, s)
+	if pid := agentPID(t, s); pid != after {
+		t.Errorf("agent %d with the same settings, before the death %d", pid, after)
+	}
+}
+
 // rewritten is a sealed memfd like fd with other JSON.
 func rewritten(fd int, change func(map[string]any)) (int, error) {
 	f := os.NewFile(uintptr(fd), "about")

@@ -2,6 +2,8 @@ package master
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -63,13 +65,7 @@ func (s *server) startAgent(ctx context.Context, generation uint64) (*link, erro
 	late := time.AfterFunc(ReadyTimeout, func() { l.kill(errors.New("not ready in time")) })
 	defer late.Stop()
 	s.groups.place(l.child.PID)
-	settings := &wire.AgentSettings{PortMin: s.s.portMin, PortMax: s.s.portMax, Groups: s.groups.Groups}
-	if s.privileged {
-		settings.InstanceGroup = s.netGroup
-		settings.MinAppUID, settings.MaxAppUID = s.s.uidMin, s.s.uidMax
-		settings.Owner, settings.OwnerGroup = uint32(os.Geteuid()), uint32(os.Getegid()) // ids are 32 bits
-	}
-	err = l.conn.Send(0, settings)
+	err = l.conn.Send(0, s.agentSettings())
 	for err == nil && !l.ready.Load() {
 		var m wire.Message
 		m, err = l.conn.Receive()
@@ -87,6 +83,30 @@ func (s *server) startAgent(ctx context.Context, generation uint64) (*link, erro
 	}
 	s.log.Info("tako-agent is ready", "pid", l.child.PID, "generation", generation)
 	return l, nil
+}
+
+// agentSettings are what an agent that starts now is told once.
+func (s *server) agentSettings() *wire.AgentSettings {
+	settings := &wire.AgentSettings{PortMin: s.s.portMin, PortMax: s.s.portMax, Groups: s.groups.Groups}
+	if s.privileged {
+		settings.InstanceGroup = s.netGroup
+		settings.MinAppUID, settings.MaxAppUID = s.s.uidMin, s.s.uidMax
+		settings.Owner, settings.OwnerGroup = uint32(os.Geteuid()), uint32(os.Getegid()) // ids are 32 bits
+	}
+	return settings
+}
+
+// settingsOf names the settings that a child of a role cannot be told anew; "" for
+// a role that has none.
+func (s *server) settingsOf(role wire.Role) string {
+	if role != wire.Agent {
+		return ""
+	}
+	b, err := json.Marshal(s.agentSettings())
+	if err != nil {
+		panic("master: " + err.Error()) // numbers and strings
+	}
+	return fmt.Sprintf("%x", sha256.Sum256(b))
 }
 
 // serveAgent hears an agent to its end, and settles what it leaves.

@@ -78,10 +78,12 @@ type link struct {
 	// knows: an agent's instances, before it is employed; nil for none.
 	knows map[tako.InstanceID]bool
 
-	// version of its build, and what the service manager keeps of it.
-	version string
-	kept    *fdstore.Store
-	names   []string
+	// version of its build, the settings that it began with (settingsOf), and what
+	// the service manager keeps of it.
+	version  string
+	settings string
+	kept     *fdstore.Store
+	names    []string
 
 	endOnce sync.Once
 	ended   chan struct{} // closed when the link is of no more use
@@ -104,6 +106,7 @@ func (s *server) startLink(prog program, kind wire.Link, generation uint64, id *
 		conn: wire.NewConn(child.Channel, kind, wire.Master), log: log,
 		startedAt: time.Now(), pongs: make(chan uint64, 4), ended: make(chan struct{}),
 		outWake: make(chan struct{}, 1), pauser: newPauser(), version: s.version,
+		settings: s.settingsOf(prog.role),
 	}
 	l.calls = wire.NewCalls(l.conn)
 	l.setState("starting")

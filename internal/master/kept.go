@@ -61,6 +61,7 @@ type aboutChild struct {
 	Version    string    `json:"version"`
 	Protocol   int       `json:"protocol"`
 	Started    time.Time `json:"started"`
+	Settings   string    `json:"settings"` // see settingsOf
 }
 
 // aboutInstance is what the next tako-master has to know of an instance should
@@ -185,6 +186,7 @@ func (s *server) keepChild(l *link) {
 	l.names = partsOf(string(l.role)+"-"+strconv.FormatUint(l.generation, 10), childParts)
 	about, err := handoff.Save(&aboutChild{
 		Role: l.role, Generation: l.generation, PID: l.child.PID, Version: l.version, Protocol: wire.ProtocolVersion, Started: l.startedAt,
+		Settings: l.settings,
 	})
 	if err != nil {
 		s.log.Warn("child not kept with the service manager", logging.Err, err)

@@ -109,6 +109,7 @@ type handedLink struct {
 	Channel    ipc.FD           `json:"channel"`
 	Position   wire.Position    `json:"position"`
 	State      string           `json:"state"`
+	Settings   string           `json:"settings"` // see settingsOf
 	// Of a proxy: its signing socket, and what it said.
 	Signer         ipc.FD                         `json:"signer"`
 	SignerPosition wire.Position                  `json:"signer_position"`
@@ -440,7 +441,7 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 		if !l.flush(ipc.SendTimeout) {
 			return handedLink{}, fmt.Errorf("%s does not take its messages", l.role)
 		}
-		h := handedLink{Generation: l.generation, State: *l.state.Load()}
+		h := handedLink{Generation: l.generation, State: *l.state.Load(), Settings: l.settings}
 		if h.Child, err = l.child.HandOver(); err != nil {
 			return h, err
 		}
@@ -593,6 +594,7 @@ func (s *server) adopt(h *handedLink, role wire.Role, kind wire.Link, version st
 		log:       s.log.With(logging.Role, string(role), logging.Generation, h.Generation),
 		startedAt: h.Child.Started, pongs: make(chan uint64, 4), ended: make(chan struct{}),
 		outWake: make(chan struct{}, 1), pauser: newPauser(), version: version,
+		settings: h.Settings,
 	}
 	l.calls = wire.NewCalls(conn)
 	l.setState(h.State)

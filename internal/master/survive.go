@@ -75,7 +75,7 @@ type survived struct {
 	serving *proxyLink   // the proxy that goes on as the newest
 	old     []*proxyLink // those that drain, or are to once a newer one serves
 	foreign []*survivor  // proxies of another protocol
-	renew   bool         // the agent is of another version
+	renew   bool         // the agent is of another version, or has other settings
 	rest    []store.App  // apps of which nothing is left
 }
 
@@ -198,7 +198,7 @@ func (s *server) resumeLink(v *survivor, kind wire.Link, take func(m *wire.Messa
 		log:       s.log.With(logging.Role, string(v.Role), logging.Generation, v.Generation),
 		startedAt: v.Started, pongs: make(chan uint64, 4), ended: make(chan struct{}),
 		outWake: make(chan struct{}, 1), pauser: newPauser(),
-		version: v.Version, kept: s.kept.store, names: v.names,
+		version: v.Version, settings: v.Settings, kept: s.kept.store, names: v.names,
 	}
 	l.calls = wire.NewCalls(conn)
 	l.ready.Store(true)
@@ -258,7 +258,7 @@ func (s *server) resumeAgent() map[tako.InstanceID]*remainder {
 		for id := range present {
 			l.knows[id] = true
 		}
-		s.survived.agent, s.survived.renew = l, v.Version != s.version
+		s.survived.agent, s.survived.renew = l, v.Version != s.version || v.Settings != s.settingsOf(wire.Agent)
 	}
 	return present
 }
@@ -710,8 +710,8 @@ func (s *server) tellOn(l *proxyLink) {
 	}
 }
 
-// renewSurvivors replaces an agent of another version, as a reload does, and gives
-// up ports that the settings no longer name.
+// renewSurvivors replaces an agent of another version or with other settings, as a
+// reload does, and gives up ports that the settings no longer name.
 func (s *server) renewSurvivors(ctx context.Context) {
 	if !s.survived.any {
 		return
@@ -729,7 +729,7 @@ func (s *server) renewSurvivors(ctx context.Context) {
 	s.givenUp = nil
 	if s.survived.renew {
 		if err := s.replaceAgent(ctx); err != nil && ctx.Err() == nil {
-			s.log.Error("tako-agent is of another version", logging.Err, err)
+			s.log.Error("tako-agent is of another version, or has other settings: reload to replace it", logging.Err, err)
 		}
 	}
 }
