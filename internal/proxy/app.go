@@ -411,6 +411,9 @@ func (a *app) grantLocked() {
 		return
 	}
 	conf := a.conf.Load()
+	if !a.grantFirstLocked(conf) {
+		return
+	}
 	rest := a.waiting // not yet looked at
 	var kept [kinds]int
 	keep := func(k kind, ws ...*waiter) { kept[k] += copy(a.waiting[k][kept[k]:], ws) }
@@ -441,6 +444,36 @@ func (a *app) grantLocked() {
 		a.waiting[k] = a.waiting[k][:n]
 	}
 	a.queued.Store(int32(kept[ordinary] + kept[upload]))
+}
+
+// grantFirstLocked is grantLocked as far as it has only to do with those in
+// front, which costs the same however long the queue is. It reports whether one
+// of them, with an exception, has to be passed by.
+func (a *app) grantFirstLocked(conf *appConf) (more bool) {
+	uploads := true // may have a place
+	for {
+		k := ordinary
+		if o, u := a.waiting[ordinary], a.waiting[upload]; uploads && len(u) > 0 && (len(o) == 0 || u[0].turn < o[0].turn) {
+			k = upload
+		} else if len(o) == 0 {
+			return false
+		}
+		w := a.waiting[k][0]
+		g, done := conf.grant(w.not, k, a.out)
+		switch {
+		case done:
+			a.waiting[k][0] = nil
+			a.waiting[k] = a.waiting[k][1:]
+			a.queued.Add(-1)
+			w.got <- g
+		case w.not != nil:
+			return true
+		case k == ordinary:
+			return false // then there is none for uploads either
+		default:
+			uploads = false
+		}
+	}
 }
 
 // grant is what a waiter gets now, or false if it has to wait on. The caller
