@@ -117,6 +117,7 @@ type server struct {
 	owner         atomic.Pointer[ownerLink] // while it is not
 	looking       chan struct{}             // has room for one
 	firstInstance uint32
+	apart         *os.File                   // holds the folder of a second server's sockets
 	movedPorts    atomic.Pointer[[]listener] // the owner's, if it has others now
 
 	agentMu    sync.Mutex
@@ -442,6 +443,9 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) e
 	if err := s.adoptChildren(proxying, &proxies, st); err != nil {
 		return s.goBack(ctx, st, err)
 	}
+	if st != nil {
+		s.endUnknown(st)
+	}
 	s.goOnWithSurvivors(proxying, &proxies)
 	defer s.hangUp()
 	if err := s.noWayBack(st); err != nil {
@@ -603,10 +607,16 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 				program.Close()
 				program, err = s.preflight(ctx)
 			}
-			if err == nil {
-				err = s.handOver(ctx, program, mgmt) // comes back only if it failed
-				program.Close()
+			late := time.After(ReloadWait)
+			for again := true; err == nil && again; {
+				if err = s.awaitChildren(ctx, late); err == nil {
+					err = s.handOver(ctx, program, mgmt) // comes back only if it failed
+					if again = errors.Is(err, errUnsettled); again {
+						err = nil
+					}
+				}
 			}
+			program.Close()
 		case <-time.After(ReloadWait):
 			program.Close()
 			err = fmt.Errorf("commands still run after %s: %s", ReloadWait, s.busyApps())
@@ -660,7 +670,7 @@ func within(d time.Duration, wg *sync.WaitGroup) bool {
 func (s *server) sweep() {
 	if copies, err := filepath.Glob(filepath.Join(s.layout.Data, preflightPrefix+"*")); err == nil {
 		for _, dir := range copies {
-			_ = os.RemoveAll(dir) // a copy of the database, of a reload that was cut off
+			removeUnheld(dir) // a copy of the database, of a reload that was cut off
 		}
 	}
 	dirs := []string{s.layout.Data, s.layout.Certs()}

@@ -21,7 +21,6 @@ import (
 	"tako/internal/logging"
 	"tako/internal/management"
 	"tako/internal/paths"
-	"tako/internal/supervise"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -420,6 +419,7 @@ type ownerLink struct {
 type joined struct {
 	conn   *wire.Conn
 	pid    int
+	self   int // its pid as it sees itself, which is in the names of its files
 	shared wire.Shared
 	ports  []listener
 	keys   [][]byte
@@ -463,6 +463,7 @@ func (s *server) join() (j joined, err error) {
 	if !ok || hello.Protocol != wire.ProtocolVersion {
 		return j, tako.Errorf(tako.CodeConflict, "it speaks another protocol than version %s: start the version that it runs", s.version)
 	}
+	j.self = hello.PID
 	if j.pid == 0 { // it lives in another namespace of processes
 		j.pid = hello.PID
 	}
@@ -519,12 +520,8 @@ func (s *server) openBeside(ctx context.Context, inUse error) (*net.UnixListener
 	if s.lock, err = os.OpenFile(s.layout.Lock(), os.O_RDWR|unix.O_NOFOLLOW, 0); err != nil {
 		return nil, refuse(err)
 	}
-	s.undo = append(s.undo, func() { _ = s.lock.Close() }, s.closePorts, s.removeApart)
+	s.undo = append(s.undo, func() { _ = s.lock.Close() }, s.closePorts)
 	s.layout.Second = os.Getpid()
-	s.sweepApart()
-	if err := makeOwn(s.layout.Instances(), 0o711); err != nil {
-		return nil, refuse(err)
-	}
 	mgmt, err := management.ListenBeside(s.layout.PIDSocket(os.Getpid()), s.layout.Socket, 0o660, s.socketGID)
 	if err != nil {
 		return nil, refuse(err)
@@ -546,10 +543,16 @@ func (s *server) openBeside(ctx context.Context, inUse error) (*net.UnixListener
 	}
 	s.listeners, s.activated, s.firstInstance = j.ports, j.shared.Activated, j.shared.FirstInstance
 	if !s.activated {
-		if err := samePorts(s.s, j.ports); err != nil {
-			_ = j.conn.Close()
-			return nil, refuse(err)
-		}
+		err = samePorts(s.s, j.ports)
+	}
+	if err == nil {
+		s.sweepApart(j.self) // now that we are the one second
+		s.undo = append(s.undo, s.removeApart)
+		err = s.makeApart()
+	}
+	if err != nil {
+		_ = j.conn.Close()
+		return nil, refuse(err)
 	}
 	s.linkOwner(j)
 	return mgmt, nil
@@ -667,15 +670,36 @@ func (s *server) tryLock() bool {
 	return unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
 }
 
-// removeApart removes the folder of a second server's sockets.
-func (s *server) removeApart() {
-	if s.layout.Second != 0 {
-		_ = os.RemoveAll(s.layout.Instances()) // else the next second server sweeps it
+// makeApart makes the folder of a second server's sockets, empty, and holds it.
+func (s *server) makeApart() error {
+	dir, held, err := holdMade(func() (string, error) { return s.layout.Instances(), makeOwn(s.layout.Instances(), 0o711) })
+	if errors.Is(err, errHeld) {
+		return fmt.Errorf("%w: a server with the same pid, in another namespace of processes, has its sockets there: choose another --socket folder for this one", err)
 	}
+	if err != nil {
+		return err
+	}
+	s.apart = held
+	left, err := os.ReadDir(dir)
+	for _, e := range left { // of a dead server with our pid
+		err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
+	}
+	return err
 }
 
-// sweepApart removes the folders of second servers that are gone.
-func (s *server) sweepApart() {
+// removeApart removes the folder of a second server's sockets, if it is ours.
+func (s *server) removeApart() {
+	if s.apart == nil {
+		return
+	}
+	_ = os.RemoveAll(s.layout.Instances()) // else the next second server sweeps it
+	_ = s.apart.Close()
+	s.apart = nil
+}
+
+// sweepApart removes the folders of second servers that are gone. The owner may
+// have been one: its folder stays, also if its version holds none.
+func (s *server) sweepApart(owner int) {
 	entries, err := os.ReadDir(s.layout.Run)
 	if err != nil {
 		return
@@ -683,11 +707,8 @@ func (s *server) sweepApart() {
 	for _, e := range entries {
 		num, ok := strings.CutPrefix(e.Name(), paths.SecondPrefix)
 		pid, err := strconv.Atoi(num)
-		if !ok || err != nil || strconv.Itoa(pid) != num {
-			continue
-		}
-		if _, lives := supervise.Look(pid); !lives || pid == os.Getpid() {
-			_ = os.RemoveAll(filepath.Join(s.layout.Run, e.Name()))
+		if ok && err == nil && strconv.Itoa(pid) == num && pid != owner && pid != s.layout.Second {
+			removeUnheld(filepath.Join(s.layout.Run, e.Name()))
 		}
 	}
 }

@@ -265,31 +265,6 @@ func TestWhatTheOwnerCommittedIsTold(t *testing.T) {
 	}
 }
 
-// TestFoldersOfDeadSecondServersAreSwept and those of the living are not.
-func TestFoldersOfDeadSecondServersAreSwept(t *testing.T) {
-	run := t.TempDir()
-	s := &server{layout: paths.Layout{Run: run}, log: hclog.NewNullLogger()}
-	lives := filepath.Join(run, paths.SecondPrefix+"1")
-	kept := []string{lives, filepath.Join(run, "instances"), filepath.Join(run, paths.SecondPrefix+"x"), filepath.Join(run, paths.SecondPrefix+"007")}
-	dead := []string{filepath.Join(run, paths.SecondPrefix+"4194304"), (paths.Layout{Run: run, Second: os.Getpid()}).Instances()}
-	for _, dir := range append(slices.Clone(kept), dead...) {
-		if err := os.MkdirAll(filepath.Join(dir, "blog"), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	s.sweepApart()
-	for _, dir := range kept {
-		if _, err := os.Stat(dir); err != nil {
-			t.Error(err)
-		}
-	}
-	for _, dir := range dead {
-		if _, err := os.Stat(dir); err == nil {
-			t.Errorf("%s is still there", dir)
-		}
-	}
-}
-
 // TestLockOfALivingOwnerIsNotTaken: and is as soon as that has gone.
 func TestLockOfALivingOwnerIsNotTaken(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "lock")

@@ -92,6 +92,7 @@ type state struct {
 	Following     int    `json:"following"` // the owner's pid; 0 once it is ours
 	Second        bool   `json:"second"`    // it was started as one
 	FirstInstance uint32 `json:"first_instance"`
+	Apart         ipc.FD `json:"apart"` // holds the folder of its sockets
 
 	Agent   *handedLink  `json:"agent"`
 	Proxies []handedLink `json:"proxies"` // the serving one last
@@ -161,6 +162,9 @@ type handedProcess struct {
 // fds are the descriptors that must stay open over the exec.
 func (st *state) fds() []ipc.FD {
 	all := append([]ipc.FD{st.Program, st.AgentProgram, st.ProxyProgram, st.Lock, st.Mgmt}, st.MgmtConns...)
+	if st.Apart != 0 {
+		all = append(all, st.Apart)
+	}
 	for _, l := range st.Listeners {
 		all = append(all, l.FD)
 	}
@@ -249,10 +253,11 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 	}()
 	ctx, cancel := context.WithTimeout(ctx, PreflightTime)
 	defer cancel()
-	dir, err := os.MkdirTemp(s.layout.Data, preflightPrefix)
+	dir, held, err := s.makePreflight()
 	if err != nil {
 		return 0, err
 	}
+	defer held.Close()
 	defer os.RemoveAll(dir)
 	db := filepath.Join(dir, filepath.Base(s.layout.Database()))
 	if err := s.db.CopyTo(ctx, db); err != nil {
@@ -285,6 +290,12 @@ func (s *server) preflight(ctx context.Context) (program ipc.FD, err error) {
 		return 0, fmt.Errorf("the installed version %s has schema %d of the database and its owner, pid %d, has %d: reload that server first", said.Version, said.Database, s.Owner(), ours)
 	}
 	return ipc.FD(fd), nil
+}
+
+// makePreflight makes the folder of a pre-flight, which another server of the data
+// root leaves alone as long as it is held.
+func (s *server) makePreflight() (dir string, held *os.File, err error) {
+	return holdMade(func() (string, error) { return os.MkdirTemp(s.layout.Data, preflightPrefix) })
 }
 
 // runOwn is cmd.Run with a child that the reaper of orphans leaves to us.
@@ -393,6 +404,11 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	if st.Mgmt, err = dup(func() (ipc.FD, error) { return dupOf(mgmt) }); err != nil {
 		return err
 	}
+	if s.apart != nil {
+		if st.Apart, err = dup(func() (ipc.FD, error) { return dupOf(s.apart) }); err != nil {
+			return err
+		}
+	}
 	// Every session has ended: no other connection comes to wait.
 	for n := len(s.waiting); n > 0; n-- {
 		c := <-s.waiting
@@ -414,6 +430,9 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	agent := s.agent
 	s.agentMu.Unlock()
 	links := s.proxies.all()
+	if !s.settledChildren() {
+		return errUnsettled
+	}
 	if agent != nil && agent.pause(agent.conn, agent.ended) {
 		undo = append(undo, func() { agent.resume(agent.conn, agent.ended) })
 	}
@@ -491,6 +510,9 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 			// order: what came before it is known in a moment.
 			signal.Stop(s.signals.Stop)
 			time.Sleep(time.Millisecond)
+			if !s.settledChildren() { // no other can be made any more
+				return errUnsettled
+			}
 			return ctx.Err()
 		})
 		signal.Notify(s.signals.Reload, syscall.SIGHUP)
@@ -736,7 +758,7 @@ func (s *server) finishReload(ctx context.Context) {
 
 // inherit takes the lock, the ports and the management socket of the image before
 // ours, and opens and closes ports where the settings changed.
-func (s *server) inherit(st *state) (*net.UnixListener, error) {
+func (s *server) inherit(st *state) (_ *net.UnixListener, err error) {
 	if st.Schema > stateSchema || st.Schema < stateSchema-1 {
 		return nil, fmt.Errorf("the state of version %s has schema %d, this version reads %d", st.Version, st.Schema, stateSchema)
 	}
@@ -753,6 +775,11 @@ func (s *server) inherit(st *state) (*net.UnixListener, error) {
 	if st.Second {
 		s.layout.Second, s.firstInstance = os.Getpid(), st.FirstInstance
 		if err := makeOwn(s.layout.Instances(), 0o711); err != nil {
+			return nil, err
+		}
+		if st.Apart != 0 {
+			s.apart = st.Apart.File("apart")
+		} else if s.apart, err = hold(s.layout.Instances()); err != nil { // the image before ours was of a version that held nothing
 			return nil, err
 		}
 	}
@@ -848,14 +875,8 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 			return 0, errNoServer
 		}
 	}
-	for s.agentNow() == nil || !s.proxies.oneServes() { // one of them was just replaced
-		select {
-		case <-time.After(10 * time.Millisecond):
-		case <-late:
-			return 0, errors.New("tako-proxy or tako-agent is not ready")
-		case <-ctx.Done():
-			return 0, errNoServer
-		}
+	if err := s.awaitChildren(ctx, late); err != nil {
+		return 0, err
 	}
 	for s.proxies.oldOnes() >= MaxOldProxies { // they leave at their limits
 		select {
@@ -867,6 +888,68 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 		}
 	}
 	return s.preflight(ctx)
+}
+
+// errUnsettled is the error of a reload that met children which it could not hand
+// over, as one of them had just died: it is tried again.
+var errUnsettled = errors.New("tako-proxy or tako-agent is not ready")
+
+// awaitChildren waits until the children are those that can be handed over.
+func (s *server) awaitChildren(ctx context.Context, late <-chan time.Time) error {
+	for !s.settledChildren() { // one of them was just replaced
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-late:
+			return errUnsettled
+		case <-ctx.Done():
+			return errNoServer
+		}
+	}
+	return nil
+}
+
+// settledChildren reports whether there is an agent and a proxy that serves, and
+// no child beside them and the old proxies: the next image would not know it.
+func (s *server) settledChildren() bool {
+	agent := s.agentNow()
+	if agent == nil || !s.proxies.oneServes() {
+		return false
+	}
+	known := map[int]bool{agent.child.PID: true}
+	for _, l := range s.proxies.all() {
+		known[l.child.PID] = true
+	}
+	return !slices.ContainsFunc(supervise.Own(), func(pid int) bool { return !known[pid] })
+}
+
+// endUnknown ends the children that the image before ours had kept and did not hand
+// over: nobody would ever speak with them. Killed an agent leaves its instances
+// alone; at the end of its channel it would not. The children that we know are known
+// to supervise by now.
+func (s *server) endUnknown(st *state) {
+	known := make(map[string]bool)
+	links := slices.Clone(st.Proxies)
+	for i := range links {
+		known[childName(wire.Proxy, links[i].Generation)] = true
+	}
+	if st.Agent != nil {
+		known[childName(wire.Agent, st.Agent.Generation)] = true
+	}
+	for _, role := range []wire.Role{wire.Agent, wire.Proxy} {
+		for _, name := range st.Kept {
+			base, last := strings.CutSuffix(name, "-about")
+			if !last || !strings.HasPrefix(base, string(role)+"-") || known[base] {
+				continue
+			}
+			s.log.Warn("ending a child that was not handed over", "name", base)
+			for _, r := range supervise.Orphans() {
+				if argv0Of(r.PID) == string(role) {
+					supervise.KillIf(r, nil)
+				}
+			}
+			s.kept.store.Drop(partsOf(base, childParts)...)
+		}
+	}
 }
 
 // MaxOldProxies is how many proxies may drain at one time; a further reload waits.
