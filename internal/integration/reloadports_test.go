@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -62,5 +64,63 @@ func TestReloadWithOtherInstancePortsKeepsTheInstances(t *testing.T) {
 				t.Errorf("agent %d, right after the reload it was %d", pid, after.agents[0])
 			}
 		})
+	}
+}
+
+// TestAgentThatDiesRightBeforeAReloadIsReplacedFirst: the reload has waited for a
+// deploy, which ends as its agent dies. The next image is handed the next agent, and
+// knows every child there is.
+func TestAgentThatDiesRightBeforeAReloadIsReplacedFirst(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{Manager: true})
+	deploy(t, s, "blog", "1", quick(nil))
+	before := treeOf(t, s, "blog")
+	lay(t, s, "blog", "2", quick(map[string]any{"install": "sleep 300"}))
+	for range long(12, 3) {
+		settled(t, s)
+		done := make(chan error, 1)
+		go func() {
+			_, err := ask(s, "blog", "2", nil)
+			done <- err
+		}()
+		until(t, takotest.StartWait, "the install step", func() bool {
+			return slices.ContainsFunc(s.Processes(), func(p takotest.Process) bool { return strings.Contains(p.Command, "sleep 300") })
+		})
+		agent := agentPID(t, s)
+		reloads := logged(s, "reloading")
+		if err := s.Signal(s.PID(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		preflights := func() int {
+			all, _ := filepath.Glob(filepath.Join(s.Data, ".preflight-*"))
+			return len(all)
+		}
+		until(t, takotest.StartWait, "the pre-flight", func() bool { return logged(s, "reloading") > reloads && preflights() > 0 })
+		until(t, takotest.StartWait, "its end", func() bool { return preflights() == 0 })
+		gone := logged(s, "reloaded")
+		if err := s.KillProcess(agent); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err == nil {
+			t.Error("the deploy came through")
+		}
+		until(t, 60*time.Second, "the end of the reload", func() bool { return logged(s, "reloaded") > gone })
+		settled(t, s)
+		until(t, takotest.StartWait, "no child but those", func() bool { return len(s.Processes()) == 1+2+2 }) // master, proxy, agent, good, blog
+		kept := 0
+		for _, name := range s.Manager().Kept() {
+			if strings.HasSuffix(name, "-channel") {
+				kept++
+			}
+		}
+		if kept != 2 {
+			t.Errorf("kept: %q", s.Manager().Kept())
+		}
+	}
+	if r := known(t, s).Reload; r.Failed > 0 {
+		t.Errorf("%+v", r)
+	}
+	if now := instancePIDs(t, s, "blog"); !slices.Equal(now, before.instances) {
+		t.Errorf("instances %v, before %v", now, before.instances)
 	}
 }

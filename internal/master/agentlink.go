@@ -522,8 +522,7 @@ func (s *server) spares(r supervise.Relation, keep map[int]tako.InstanceID) bool
 			return is(name)
 		}
 	}
-	argv0, _, _ := strings.Cut(read("cmdline"), "\x00")
-	switch argv0 {
+	switch argv0Of(r.PID) {
 	case string(wire.Agent), "tako-exec", "tako-tree", "tako-unpack", "tako-sweep":
 		return false // a stage that is not yet, or never, an app's
 	}
@@ -537,4 +536,11 @@ func (s *server) spares(r supervise.Relation, keep map[int]tako.InstanceID) bool
 	}
 	// Whose it is may not be known: then it does less harm to let it be.
 	return app == "" || is(app+"."+n)
+}
+
+// argv0Of is the name that a process was started by, "" if it has gone.
+func argv0Of(pid int) string {
+	b, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/cmdline") // as said
+	argv0, _, _ := strings.Cut(string(b), "\x00")
+	return argv0
 }

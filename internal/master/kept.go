@@ -93,6 +93,10 @@ func partsOf(base string, parts []string) []string {
 	return names
 }
 
+func childName(role wire.Role, generation uint64) string {
+	return string(role) + "-" + strconv.FormatUint(generation, 10)
+}
+
 func instanceNames(id tako.InstanceID) []string {
 	return partsOf(keptInstance+id.String(), instanceParts)
 }
@@ -183,7 +187,7 @@ func (s *server) keepChild(l *link) {
 		return
 	}
 	l.kept = s.kept.store
-	l.names = partsOf(string(l.role)+"-"+strconv.FormatUint(l.generation, 10), childParts)
+	l.names = partsOf(childName(l.role, l.generation), childParts)
 	about, err := handoff.Save(&aboutChild{
 		Role: l.role, Generation: l.generation, PID: l.child.PID, Version: l.version, Protocol: wire.ProtocolVersion, Started: l.startedAt,
 		Settings: l.settings,

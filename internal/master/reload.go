@@ -426,10 +426,7 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	}
 
 	// Children: nothing is heard any more, everything said has been sent.
-	s.agentMu.Lock()
-	agent := s.agent
-	s.agentMu.Unlock()
-	links := s.proxies.all()
+	agent, links := s.agentNow(), s.proxies.all()
 	if !s.settledChildren() {
 		return errUnsettled
 	}
@@ -510,7 +507,8 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 			// order: what came before it is known in a moment.
 			signal.Stop(s.signals.Stop)
 			time.Sleep(time.Millisecond)
-			if !s.settledChildren() { // no other can be made any more
+			// No other child can be made any more; but Own could wait for one that is.
+			if s.agentNow() != agent || !slices.Equal(s.proxies.all(), links) {
 				return errUnsettled
 			}
 			return ctx.Err()
@@ -928,9 +926,8 @@ func (s *server) settledChildren() bool {
 // to supervise by now.
 func (s *server) endUnknown(st *state) {
 	known := make(map[string]bool)
-	links := slices.Clone(st.Proxies)
-	for i := range links {
-		known[childName(wire.Proxy, links[i].Generation)] = true
+	for i := range st.Proxies {
+		known[childName(wire.Proxy, st.Proxies[i].Generation)] = true
 	}
 	if st.Agent != nil {
 		known[childName(wire.Agent, st.Agent.Generation)] = true
