@@ -54,7 +54,8 @@ func run() int {
 	}
 	// A log pipe without a reader must not end this process: its last work comes
 	// when the master has died.
-	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
+	// A SIGHUP is for tako-master. Neither is ignored: apps would inherit that.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	switch err := agent.Run(ctx, agent.Config{Channel: channel, Version: version.String()}, log); {

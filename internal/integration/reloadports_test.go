@@ -124,3 +124,25 @@ func TestAgentThatDiesRightBeforeAReloadIsReplacedFirst(t *testing.T) {
 		t.Errorf("instances %v, before %v", now, before.instances)
 	}
 }
+
+// TestChildrenLeaveASIGHUPToTheMaster: one to the whole group of processes, say.
+func TestChildrenLeaveASIGHUPToTheMaster(t *testing.T) {
+	t.Parallel()
+	s := start(t, takotest.Options{})
+	deploy(t, s, "blog", "1", quick(nil))
+	before := treeOf(t, s, "blog")
+	for _, pid := range append(before.proxies, before.agents...) {
+		if err := s.Signal(pid, syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+	}
+	deploy(t, s, "blog", "2", quick(nil)) // each has come to it by then
+	if after := treeOf(t, s, "blog"); !slices.Equal(after.proxies, before.proxies) || !slices.Equal(after.agents, before.agents) {
+		t.Errorf("running %+v, before %+v", after, before)
+	}
+	// What the agent starts has it as before: it is not ignored there.
+	if err := s.Signal(about(t, s, "blog.localhost").PID, syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	until(t, takotest.StartWait, "the end of an instance by it", func() bool { return logged(s, "terminated by signal") > 0 })
+}

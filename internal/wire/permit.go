@@ -125,7 +125,7 @@ var permits = typed(map[Link]map[Role][]Rule{
 			{Kind: KindBegin, In: live, New: of[Begin]()},
 			{Kind: KindRelease, In: live, Once: true, Next: Draining, New: of[Release]()},
 			{Kind: KindResume, In: always, New: of[Resume]()},
-			{Kind: KindPing, In: []State{Configuring, Serving}, New: of[Ping]()},
+			{Kind: KindPing, In: always, New: of[Ping]()},
 		},
 		Agent: {
 			{Kind: KindHello, In: begin, Next: Configuring, New: of[Hello]()},
