@@ -427,7 +427,11 @@ type joined struct {
 
 func (j *joined) discard() {
 	_ = j.conn.Close()
-	for _, l := range j.ports {
+	closeAll(j.ports)
+}
+
+func closeAll(ports []listener) {
+	for _, l := range ports {
 		l.fd.Close()
 	}
 }
@@ -644,13 +648,17 @@ func (s *server) relink() {
 	for _, l := range j.ports {
 		same = same && slices.ContainsFunc(s.listeners, func(x listener) bool { return x.name == l.name && x.addr == l.addr })
 	}
+	var moved *[]listener
 	if same {
-		for _, l := range j.ports {
-			l.fd.Close()
-		}
+		closeAll(j.ports)
 	} else {
 		s.log.Info("the owner of the data root serves other ports now: reloading to serve them too")
-		s.movedPorts.Store(&j.ports)
+		moved = &j.ports
+	}
+	if before := s.movedPorts.Swap(moved); before != nil { // of a reload that failed, or is to come
+		closeAll(*before)
+	}
+	if moved != nil {
 		s.wantReload()
 	}
 	s.linkOwner(j)

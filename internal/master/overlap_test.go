@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"golang.org/x/sys/unix"
 
+	"tako/internal/ipc"
 	"tako/internal/paths"
 	"tako/internal/store"
 	"tako/internal/tako"
@@ -289,5 +291,55 @@ func TestLockOfALivingOwnerIsNotTaken(t *testing.T) {
 		if !s.tryLock() {
 			t.Error("it has not the lock of an owner that has gone")
 		}
+	}
+}
+
+// TestPortsThatTheOwnerMovedAgainAreClosed: each time it is found with others, and
+// when it is back at the first.
+func TestPortsThatTheOwnerMovedAgainAreClosed(t *testing.T) {
+	s, second := owner(t)
+	second.reloadWanted = make(chan struct{}, 1)
+	serving(t, s)
+	count := func() int {
+		t.Helper()
+		list, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		n := 0
+		for _, e := range list { // sockets at the owner's port
+			fd, err := strconv.Atoi(e.Name())
+			if addr, e := boundTo(ipc.FD(fd)); err == nil && e == nil && addr == s.listeners[0].addr {
+				n++
+			}
+		}
+		return n
+	}
+	find := func() {
+		t.Helper()
+		second.relink()
+		link := second.owner.Load()
+		if link == nil {
+			t.Fatal("the owner was not found")
+		}
+		_ = link.conn.Close() // it reloads
+		<-link.ended
+		for end := time.Now().Add(10 * time.Second); s.second.connected() != 0; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("the end of the second is not seen")
+			}
+		}
+	}
+	before := count()
+	for range 3 { // it serves none of them yet
+		find()
+		if n := count(); n != before+1 || second.movedPorts.Load() == nil {
+			t.Errorf("%d sockets, want %d", n, before+1)
+		}
+	}
+	second.listeners = s.listeners
+	find()
+	if n := count(); n != before || second.movedPorts.Load() != nil {
+		t.Errorf("back at the first ports: %d sockets, want %d", n, before)
 	}
 }
