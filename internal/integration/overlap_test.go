@@ -17,6 +17,7 @@ import (
 	_ "modernc.org/sqlite" // to change the schema under a server
 
 	"tako/internal/management"
+	"tako/internal/supervise"
 	"tako/internal/takotest"
 )
 
@@ -629,5 +630,73 @@ func TestAnOwnerWhomAServiceManagerBringsBackKeepsItsPlace(t *testing.T) {
 	answers(t, first, "blog", "2")
 	if r := l.Stop(); r.Failures > 0 {
 		t.Errorf("%v", r)
+	}
+}
+
+// TestWhatADeadOwnerLeavesIsEndedByTheSecond: its agent dies too, so that nobody
+// else ends its instances.
+func TestWhatADeadOwnerLeavesIsEndedByTheSecond(t *testing.T) {
+	t.Parallel()
+	first := begin(t, takotest.Options{})
+	deploy(t, first, "blog", "1", quick(nil))
+	second := startBeside(t, first)
+	left, ours := treeOf(t, first, "blog"), pids(t, second, "blog")
+	// It must not see its master's death before it dies itself.
+	if err := first.Signal(left.agents[0], unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(first.Die(), first.Signal(left.agents[0], unix.SIGKILL)); err != nil {
+		t.Fatal(err)
+	}
+	owns(t, second)
+	for _, pid := range left.instances {
+		until(t, takotest.StartWait, "the dead owner's instance ends", func() bool {
+			r, lives := supervise.Look(pid)
+			return !lives || r.Zombie
+		})
+	}
+	for pid := range pids(t, second, "blog") {
+		if !ours[pid] {
+			t.Errorf("instance %d of the second is not one of %v", pid, ours)
+		}
+	}
+	answers(t, first, "blog", "1")
+}
+
+// TestTheSecondStopsWhileItFollows: a rollout of a minute does not hold it, nor
+// does a reload that waits for that rollout.
+func TestTheSecondStopsWhileItFollows(t *testing.T) {
+	t.Parallel()
+	for name, reloads := range map[string]bool{"at rest": false, "in a reload": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			first := begin(t, takotest.Options{})
+			deploy(t, first, "blog", "1", quick(nil))
+			second := startBeside(t, first)
+			lay(t, first, "blog", "2", quick(map[string]any{
+				"timeouts": map[string]any{"ready": 120, "stability": 0.2, "grace": 1},
+				"start":    []string{"/bin/sh", "-c", `[ "$TAKO_INSTANCE" -lt 1000 ] || exec sleep 120; exec ./app`},
+			}))
+			deployed := make(chan error, 1)
+			go func() {
+				_, err := ask(first, "blog", "2", nil)
+				deployed <- err
+			}()
+			until(t, takotest.StartWait, "the second rolls", func() bool { return len(pids(t, second, "blog")) == 2 })
+			if reloads {
+				if err := second.Signal(second.PID(), unix.SIGHUP); err != nil {
+					t.Fatal(err)
+				}
+				until(t, takotest.StartWait, "it begins to reload", func() bool { return logged(second, "reloading") == 1 })
+				time.Sleep(500 * time.Millisecond) // to be in the wait; before that it must stop as well
+			}
+			if err := second.Stop(); err != nil {
+				t.Error(err)
+			}
+			if err := <-deployed; err != nil {
+				t.Errorf("deploy by the first: %v", err)
+			}
+			answers(t, first, "blog", "2")
+		})
 	}
 }

@@ -435,7 +435,7 @@ func (s *server) orphaned() {
 	}
 	s.endOrphans(keep)
 	if s.survived.any { // an agent that was not our child leaves its orphans to others
-		s.endLeftovers(0, s.instances)
+		s.endLeftovers(0, s.instances, nil)
 	}
 }
 

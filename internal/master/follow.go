@@ -34,15 +34,58 @@ const SecretsWait = 5 * time.Second
 type follower struct {
 	*server
 	ctx      context.Context
-	heeding  sync.WaitGroup
+	heed     context.Context // ends with the server, and not with a reload
 	seen     int64
 	calm     bool // at the last look everything was as the owner has it
 	outdated bool // the database has a schema that we do not know
 	failure  string
+}
 
+// heeding is what outlasts a follower, whose successor goes on with it after a
+// reload that failed.
+type heeding struct {
 	mu    sync.Mutex
 	busy  int                  // apps that follow now
+	quiet chan struct{}        // closed when none does any more; nil: none does
 	retry map[tako.AppID]retry // apps that could not
+}
+
+func (h *heeding) begin() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy++; h.quiet == nil {
+		h.quiet = make(chan struct{})
+	}
+}
+
+// end notes how the app did. It returns the pause before the next try.
+func (h *heeding) end(app tako.AppID, err error) (pause time.Duration) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.busy--; h.busy == 0 {
+		close(h.quiet)
+		h.quiet = nil
+	}
+	if err == nil {
+		delete(h.retry, app)
+		return 0
+	}
+	pause = min(max(2*h.retry[app].pause, HeedRetry), HeedRetryMost)
+	if h.retry == nil {
+		h.retry = make(map[tako.AppID]retry)
+	}
+	h.retry[app] = retry{at: time.Now().Add(pause), pause: pause}
+	return pause
+}
+
+// wait waits until no app follows any more. Nobody may begin meanwhile.
+func (h *heeding) wait() {
+	h.mu.Lock()
+	quiet := h.quiet
+	h.mu.Unlock()
+	if quiet != nil {
+		<-quiet
+	}
 }
 
 // A retry is when an app may try again, and the pause that led there.
@@ -54,15 +97,27 @@ type retry struct {
 // overlap is what a server has to do with another one of its data root, until ctx
 // ends: to follow it, then to take its place; and to let itself be followed.
 func (s *server) overlap(ctx context.Context) {
-	f := &follower{server: s, ctx: ctx, retry: make(map[tako.AppID]retry)}
-	defer f.heeding.Wait()
+	f := &follower{server: s, ctx: ctx, heed: s.untilStop(ctx)}
+	var rest sync.WaitGroup
+	defer rest.Wait()
 	if s.follows() {
 		if !f.follow() {
 			return
 		}
-		f.heeding.Go(f.catchUp)
+		rest.Go(f.catchUp)
+		rest.Go(func() { f.endLeftovers(LeftoverWait, f.instances, f.stopping) }) // what the owner, killed, left
 	}
 	s.serveSecond(ctx)
+}
+
+// untilStop returns a context that a reload does not end, and a stop does.
+func (s *server) untilStop(ctx context.Context) context.Context {
+	ctx, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	go func() {
+		<-s.stopping // or an exec
+		end(errNoServer)
+	}()
+	return ctx
 }
 
 // follow returns true once this server has taken the owner's place, and false when
@@ -161,9 +216,9 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 			ids[a.id] = store.App{}
 		}
 	}
-	f.mu.Lock()
-	under = f.busy > 0 // before the registrations are looked at: they change first
-	f.mu.Unlock()
+	f.heeding.mu.Lock()
+	under = f.heeding.busy > 0 // before the registrations are looked at: they change first
+	f.heeding.mu.Unlock()
 	calm = !under
 	for id, want := range ids {
 		a := f.app(id)
@@ -171,9 +226,9 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 			continue
 		}
 		calm = false
-		f.mu.Lock()
-		wait := time.Now().Before(f.retry[id].at)
-		f.mu.Unlock()
+		f.heeding.mu.Lock()
+		wait := time.Now().Before(f.heeding.retry[id].at)
+		f.heeding.mu.Unlock()
 		if wait {
 			continue
 		}
@@ -184,35 +239,20 @@ func (f *follower) compare(regs []store.App) (calm, under bool) {
 		if restoring || !a.tryOp() {
 			continue // it is being done
 		}
-		f.mu.Lock()
-		f.busy++
-		f.mu.Unlock()
-		f.heeding.Go(func() {
+		f.heeding.begin()
+		go func() {
 			// Not to be cut off by a reload, which waits for it: half a rollout cannot
 			// be handed over. Each step has its own limits.
-			err := a.heed(context.WithoutCancel(f.ctx))
+			err := a.heed(f.heed)
 			a.endOp()
-			f.heeded(a, err)
+			pause := f.heeding.end(a.id, err)
+			if err != nil && f.heed.Err() == nil {
+				a.log.Error("the owner's change was not followed; trying again", logging.Err, err, "in", pause.String())
+			}
 			f.lookSoon()
-		})
+		}()
 	}
 	return calm, under
-}
-
-// heeded notes how an app could follow.
-func (f *follower) heeded(a *app, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.busy--
-	if err == nil {
-		delete(f.retry, a.id)
-		return
-	}
-	pause := min(max(2*f.retry[a.id].pause, HeedRetry), HeedRetryMost)
-	f.retry[a.id] = retry{at: time.Now().Add(pause), pause: pause}
-	if !errors.Is(err, errNoServer) {
-		a.log.Error("the owner's change was not followed; trying again", logging.Err, err, "in", pause.String())
-	}
 }
 
 // sameApp reports whether two registrations ask for the same. What was given to an

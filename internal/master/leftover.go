@@ -17,22 +17,30 @@ import (
 // a tako-agent that it left behind stops its instances in less.
 const LeftoverWait = ChildLeave
 
+// LeftoverLook is the least time between the two looks that must agree on what was
+// left: a look is no snapshot, and a parent that ends meanwhile is missing in it.
+const LeftoverLook = 20 * time.Millisecond
+
 // noInstances is for endLeftovers, when none of ours is to go on.
 func noInstances() map[string]bool { return nil }
 
 // endLeftovers ends the processes of instances of this data root that no living
 // tako-master has, but for the known ones, so that nothing runs twice. While their
 // tako-agent lives it is left to do that; after wait they are killed. Processes
-// whose environment we may not read are not found.
-func (s *server) endLeftovers(wait time.Duration, known func() map[string]bool) {
+// whose environment we may not read are not found. It returns early once giveUp,
+// which may be nil, is closed.
+func (s *server) endLeftovers(wait time.Duration, known func() map[string]bool, giveUp <-chan struct{}) {
 	if s.follows() {
 		return // they may be the owner's
 	}
 	told := make(map[int]bool)
-	for end, pause := time.Now().Add(wait), time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+	var before map[supervise.Relation]bool
+	for end, pause := time.Now().Add(wait), LeftoverLook; ; pause = min(2*pause, 50*time.Millisecond) {
 		left := s.leftovers(known)
 		for r, stopping := range left {
+			_, again := before[r]
 			switch {
+			case !again:
 			case !time.Now().Before(end):
 				supervise.KillIf(r, nil)
 			case !stopping && !told[r.PID]:
@@ -48,7 +56,12 @@ func (s *server) endLeftovers(wait time.Duration, known func() map[string]bool) 
 			s.log.Error("a process that a dead tako-master left does not end", "processes", len(left))
 			return
 		}
-		time.Sleep(pause) // a stranger's end sends no event
+		before = left
+		select {
+		case <-time.After(pause): // a stranger's end sends no event
+		case <-giveUp:
+			return
+		}
 	}
 }
 

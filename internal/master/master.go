@@ -117,6 +117,7 @@ type server struct {
 	owner         atomic.Pointer[ownerLink] // while it is not
 	looking       chan struct{}             // has room for one
 	firstInstance uint32
+	heeding       heeding
 	apart         *os.File                   // holds the folder of a second server's sockets
 	movedPorts    atomic.Pointer[[]listener] // the owner's, if it has others now
 
@@ -478,7 +479,7 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) e
 			return
 		}
 		if !s.follows() { // else what is left is the owner's to end
-			s.endLeftovers(LeftoverWait, s.instances)
+			s.endLeftovers(LeftoverWait, s.instances, nil)
 		}
 		s.goOn()
 		s.restore(ctx, s.survived.rest)
@@ -508,9 +509,6 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) e
 	for again := true; again; {
 		again, err = s.session(ctx, mgmt, &commands)
 	}
-	s.log.Info("stopping")
-	s.notify(daemon.SdNotifyStopping)
-	close(s.stopping)
 	if !within(StopCommands, &commands) {
 		s.log.Warn("commands are cut off", "after", StopCommands.String())
 	}
@@ -527,9 +525,10 @@ func (s *server) serve(ctx context.Context, mgmt *net.UnixListener, st *state) e
 	endAgent()
 	agents.Wait() // bounded by ChildLeave
 	rest.Wait()
-	s.endOrphans(nil) // an agent may have died over it
-	if s.survived.any {
-		s.endLeftovers(OrphanGrace, noInstances)
+	s.heeding.wait()                            // its calls have ended with the agent
+	s.endOrphans(nil)                           // an agent may have died over it
+	if s.survived.any || s.layout.Second != 0 { // a second that took over too soon before
+		s.endLeftovers(OrphanGrace, noInstances, nil)
 	}
 	s.kept.store.Drop(s.kept.store.Names()...)
 	s.groups.remove()
@@ -567,6 +566,13 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 	var background sync.WaitGroup
 	defer background.Wait()
 	defer idle()
+	defer func() {
+		if !again { // before anything is waited for
+			s.log.Info("stopping")
+			s.notify(daemon.SdNotifyStopping)
+			close(s.stopping)
+		}
+	}()
 	background.Go(func() { s.backups(working) })
 	background.Go(func() { s.overlap(working) })
 	background.Go(func() { s.renewals(working) })
@@ -591,18 +597,19 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 		}
 		quiet()
 		checked := time.Now()
-		ended := make(chan struct{}) // every command, also of a session before
+		ended := make(chan struct{}) // every command, also of a session before, and what the owner's have set off
 		go func() {
+			defer close(ended)
 			commands.Wait()
-			close(ended)
+			idle()
+			background.Wait()
+			s.heeding.wait()
 		}()
 		select {
 		case <-ctx.Done():
 			program.Close()
 			return false, nil
 		case <-ended:
-			idle()
-			background.Wait()
 			if time.Since(checked) > PreflightFresh {
 				program.Close()
 				program, err = s.preflight(ctx)
