@@ -91,8 +91,8 @@ func instancePIDs(t *testing.T, s *takotest.Server, app string) []int {
 func impostor(t *testing.T, body string) string {
 	t.Helper()
 	dir := t.TempDir()
-	src := "package main\n\nimport (\n\t\"fmt\"\n\t\"os\"\n\t\"time\"\n)\n\nfunc main() {\n" +
-		"\tif len(os.Args) > 1 && os.Args[1] == \"--version\" {\n\t\tfmt.Println(\"impostor\")\n\t\treturn\n\t}\n\t_ = time.Second\n\t" + body + "\n}\n"
+	src := "package main\n\nimport (\n\t\"fmt\"\n\t\"os\"\n\t\"syscall\"\n\t\"time\"\n)\n\nfunc main() {\n" +
+		"\tif len(os.Args) > 1 && os.Args[1] == \"--version\" {\n\t\tfmt.Println(\"impostor\")\n\t\treturn\n\t}\n\t_, _ = time.Second, syscall.Exec\n\t" + body + "\n}\n"
 	if err := os.WriteFile(filepath.Join(dir, "main.go"), []byte(src), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -1,6 +1,7 @@
 package integration
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -72,7 +73,17 @@ func TestReloadWithOtherInstancePortsKeepsTheInstances(t *testing.T) {
 // knows every child there is.
 func TestAgentThatDiesRightBeforeAReloadIsReplacedFirst(t *testing.T) {
 	t.Parallel()
-	s := start(t, takotest.Options{Manager: true})
+	s := prepare(t, takotest.Options{Manager: true})
+	real := s.Program("tako-agent") + "-itself"
+	if err := os.Link(s.Program("tako-agent"), real); err != nil {
+		t.Fatal(err)
+	}
+	// Slow to greet, so that the moment is met in which nobody knows it yet.
+	install(t, s, "tako-agent", impostor(t, fmt.Sprintf("time.Sleep(300*time.Millisecond)\n\t_ = syscall.Exec(%q, os.Args, os.Environ())", real)))
+	if err := s.Start(); err != nil {
+		t.Fatal(err)
+	}
+	deploy(t, s, "good", "1", nil)
 	deploy(t, s, "blog", "1", quick(nil))
 	before := treeOf(t, s, "blog")
 	lay(t, s, "blog", "2", quick(map[string]any{"install": "sleep 300"}))
@@ -105,6 +116,11 @@ func TestAgentThatDiesRightBeforeAReloadIsReplacedFirst(t *testing.T) {
 			t.Error("the deploy came through")
 		}
 		until(t, 60*time.Second, "the end of the reload", func() bool { return logged(s, "reloaded") > gone })
+		text := s.Log()
+		text = text[strings.LastIndex(text, "tako-master: reloading"):]
+		if ready, next := strings.Index(text, "tako-agent is ready"), strings.Index(text, "going on after a reload"); ready < 0 || ready > next {
+			t.Errorf("the next image did not wait for the next agent:\n%s", text)
+		}
 		settled(t, s)
 		until(t, takotest.StartWait, "no child but those", func() bool { return len(s.Processes()) == 1+2+2 }) // master, proxy, agent, good, blog
 		kept := 0
