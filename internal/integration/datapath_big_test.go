@@ -131,7 +131,7 @@ func TestDataPathLargeBodiesInLittleMemory(t *testing.T) {
 			return
 		}
 		defer res.Body.Close()
-		got := ""
+		var got string
 		if up {
 			var text []byte
 			text, err = io.ReadAll(res.Body)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
@@ -63,9 +64,7 @@ func manners(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Sum", "43")
 	case "/fields":
 		fields := make(map[string][]string)
-		for name, values := range r.Header {
-			fields[name] = values
-		}
+		maps.Copy(fields, r.Header)
 		json.NewEncoder(w).Encode(fields)
 	default:
 		n, err := io.Copy(io.Discard, r.Body)
@@ -176,8 +175,14 @@ func TestDataPathMannersOfHTTP(t *testing.T) {
 					status       int
 					length       string
 				}{
-					{"HEAD", "/head", 200, "1234"}, {"GET", "/head", 200, "1234"}, {"GET", "/204", 204, ""}, {"GET", "/304", 304, "1234"},
-					{"GET", "/empty", 200, "0"}, {"HEAD", "/empty", 200, "0"}, {"HEAD", "/304", 304, "1234"}, {"POST", "/empty", 200, "0"},
+					{"HEAD", "/head", 200, "1234"},
+					{"GET", "/head", 200, "1234"},
+					{"GET", "/204", 204, ""},
+					{"GET", "/304", 304, "1234"},
+					{"GET", "/empty", 200, "0"},
+					{"HEAD", "/empty", 200, "0"},
+					{"HEAD", "/304", 304, "1234"},
+					{"POST", "/empty", 200, "0"},
 				} {
 					fields := "\r\n"
 					if x.method == "POST" {

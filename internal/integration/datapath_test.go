@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -41,9 +42,7 @@ func seeded(t *testing.T) *rand.Rand {
 func relayed(t *testing.T, s *takotest.Server, app, address string, manifest map[string]any) {
 	t.Helper()
 	all := quick(map[string]any{"health": map[string]any{"kind": "connect"}})
-	for k, v := range manifest {
-		all[k] = v
-	}
+	maps.Copy(all, manifest)
 	// By TCP, so that a reset is one all the way.
 	deploy(t, s, app, "1", all, "-listen", "tcp", "-relay", address)
 }

@@ -49,8 +49,12 @@ func (c *h2Client) webSocket(stream uint32, fields ...hpack.HeaderField) {
 	c.t.Helper()
 	c.head.Reset()
 	for _, f := range append([]hpack.HeaderField{
-		{Name: ":method", Value: http.MethodConnect}, {Name: ":protocol", Value: "websocket"}, {Name: ":scheme", Value: "https"},
-		{Name: ":authority", Value: "blog.test"}, {Name: ":path", Value: "/"}, {Name: "sec-websocket-version", Value: "13"},
+		{Name: ":method", Value: http.MethodConnect},
+		{Name: ":protocol", Value: "websocket"},
+		{Name: ":scheme", Value: "https"},
+		{Name: ":authority", Value: "blog.test"},
+		{Name: ":path", Value: "/"},
+		{Name: "sec-websocket-version", Value: "13"},
 	}, fields...) {
 		check0(c.t, c.enc.WriteField(f))
 	}

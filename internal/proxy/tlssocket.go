@@ -87,7 +87,7 @@ func (s *tlsSocket) Write(b []byte) (int, error) {
 func (s *tlsSocket) write(fd uintptr) bool {
 	for len(s.out) > 0 {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, fd, uintptr(unsafe.Pointer(&s.out[0])), uintptr(len(s.out)))
-		switch errno {
+		switch errno { //nolint:exhaustive // all others are errors
 		case 0:
 			s.out = s.out[n:]
 		case syscall.EINTR:

@@ -398,7 +398,7 @@ func (c *conn) write(b []byte) error {
 func (c *conn) trySend(fd uintptr) bool {
 	for len(c.unsent) > 0 {
 		n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, fd, uintptr(unsafe.Pointer(&c.unsent[0])), uintptr(len(c.unsent)))
-		switch errno {
+		switch errno { //nolint:exhaustive // all others are errors
 		case 0:
 			c.unsent = c.unsent[n:]
 		case syscall.EINTR:

@@ -145,10 +145,7 @@ func ParseHost(host []byte) (name, port []byte, ok bool) {
 			port = port[1:]
 		}
 	} else {
-		name = host
-		if i := bytes.IndexByte(host, ':'); i >= 0 {
-			name, port = host[:i], host[i+1:]
-		}
+		name, port, _ = bytes.Cut(host, []byte{':'})
 		if len(name) == 0 || len(name) > maxHost || !all(name, isName) {
 			return nil, nil, false
 		}
