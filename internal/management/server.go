@@ -76,6 +76,7 @@ func Serve(ctx context.Context, cfg Config) error {
 	defer stop()
 
 	var wg sync.WaitGroup
+	over := make(chan struct{}) // also when the listener breaks
 	wg.Go(func() {
 		for {
 			select {
@@ -83,10 +84,13 @@ func Serve(ctx context.Context, cfg Config) error {
 				srv.admit(c, &wg)
 			case <-ctx.Done():
 				return
+			case <-over:
+				return
 			}
 		}
 	})
 	err := srv.accept(&wg)
+	close(over)
 	srv.drain(&wg, cancel)
 	return err
 }

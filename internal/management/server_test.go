@@ -552,6 +552,11 @@ func TestAListenerThatBreaksIsAnError(t *testing.T) {
 	}
 	done := make(chan error)
 	go func() { done <- Serve(context.Background(), Config{Listener: ln, Backend: &fake{}}) }()
+	if c, err := net.Dial("unix", filepath.Join(dir, "tako-1.sock")); err == nil { // it serves
+		_, _ = c.Write([]byte("{\n"))
+		_, _ = c.Read(make([]byte, 1))
+		_ = c.Close()
+	}
 	_ = ln.Close()
 	if err := <-done; !errors.Is(err, net.ErrClosed) {
 		t.Errorf("got %v", err)
