@@ -261,6 +261,9 @@ func (conf *appConf) asleep() bool {
 	return conf.OnDemand && conf.refuse() == nil && len(conf.first)+len(conf.reserve) == 0
 }
 
+// several: there is more than one instance for requests.
+func (conf *appConf) several() bool { return len(conf.first)+len(conf.reserve) > 1 }
+
 // pick chooses an instance other than not. Those that were taken out for their
 // errors are used only if there is no other. It returns nil if there is none at
 // all, or, with full, if those there are have as many requests, of kind k, as

@@ -244,7 +244,11 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 		if inst == nil && err == nil {
 			inst, err = fl.app.wait(fl.Context(), tried, k)
 		}
-		if err == errNoOther { //nolint:errorlint // it is never wrapped
+		if err == errNoOther && fl.out.Elsewhere { //nolint:errorlint // it is never wrapped
+			tried, fl.out.Elsewhere = nil, false // there was one, but not any more
+			continue
+		}
+		if err == errNoOther { //nolint:errorlint // as above
 			return nil, failed
 		}
 		if err != nil {
@@ -255,6 +259,8 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 		if fl.x.Request().Extended && inst.h2c {
 			return nil, errNoWebSockets
 		}
+		// An instance that dies may take a connection yet, and lose the request again.
+		fl.out.Elsewhere = tried == nil && !repeated && fl.app.conf.Load().several()
 		in, err := inst.pool.RoundTrip(&fl.Cancel, &fl.out)
 		if err == nil {
 			inst.answered()

@@ -63,3 +63,43 @@ func TestLostRequestArrivesTwiceOverAllInstances(t *testing.T) {
 	}
 	m.plainApp() // or the connections that are left would stay for a while
 }
+
+// An instance that dies may take a connection yet: what it lost goes to another
+// one, not to it again.
+func TestLostRequestGoesToAnotherInstanceAtOnce(t *testing.T) {
+	m := serving(t)
+	var dying atomic.Bool
+	var lost atomic.Int32
+	answer := func(c net.Conn, br *bufio.Reader, dies bool) {
+		for {
+			if _, err := http.ReadRequest(br); err != nil {
+				return
+			}
+			if dies && dying.Load() {
+				lost.Add(1)
+				return
+			}
+			_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+		}
+	}
+	m.plainApp(
+		rawInstance(t, func(_ int, c net.Conn) { answer(c, bufio.NewReader(c), true) }),
+		rawInstance(t, func(_ int, c net.Conn) { answer(c, bufio.NewReader(c), false) }),
+	)
+	ask := func() {
+		resp := m.raw("GET / HTTP/1.1\r\nHost: blog.test\r\nConnection: close\r\n\r\n")
+		if body := text(t, resp, nil); resp.StatusCode != http.StatusOK {
+			t.Errorf("got %d %q", resp.StatusCode, body)
+		}
+	}
+	for range 50 { // both have connections that were used
+		ask()
+	}
+	dying.Store(true)
+	for range 50 {
+		ask()
+	}
+	if lost.Load() == 0 {
+		t.Error("nothing was lost")
+	}
+}

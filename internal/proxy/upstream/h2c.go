@@ -243,7 +243,7 @@ func (p *H2CPool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 		}
 		err, unseen := x.fail(err)
 		lost, is := errors.AsType[*LostError](err)
-		if !is || fresh || !lost.Repeatable || !reused && !unseen || c.Cause() != nil {
+		if !is || fresh || !lost.Repeatable || !reused && !unseen || r.Elsewhere && !unseen || c.Cause() != nil {
 			return nil, err
 		}
 	}

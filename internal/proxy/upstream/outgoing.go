@@ -43,6 +43,9 @@ type Outgoing struct {
 	Expect bool
 	// TETrailers: the trailer of the answer will be read.
 	TETrailers bool
+	// Elsewhere: what is lost here, and may be repeated, is better sent to another
+	// instance. Without it RoundTrip itself repeats it on a fresh connection.
+	Elsewhere bool
 	// Inform, if set, is told of 103 answers before RoundTrip returns. The fields
 	// are valid until it returns.
 	Inform func(status int, fields []message.Field)
@@ -76,7 +79,7 @@ func (r *Outgoing) buffered() ([]byte, bool) {
 func (r *Outgoing) Clear() {
 	r.Method, r.Target, r.Host, r.Fields, r.Length, r.HasLength = nil, nil, nil, r.Fields[:0], 0, false
 	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform = nil, nil, false, false, nil
-	r.asked, r.whole, r.body, r.lost = false, false, nil, 0
+	r.asked, r.whole, r.body, r.lost, r.Elsewhere = false, false, nil, 0, false
 }
 
 // smallBody bounds what is written together with its head.

@@ -48,7 +48,7 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 		if err == errStale { //nolint:errorlint // it is ours
 			continue // nothing was sent
 		}
-		if lost, is := errors.AsType[*LostError](err); !is || !reused || !lost.Repeatable || c.Cause() != nil {
+		if lost, is := errors.AsType[*LostError](err); !is || !reused || !lost.Repeatable || r.Elsewhere || c.Cause() != nil {
 			return nil, err
 		}
 		fresh = true
