@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -436,14 +437,24 @@ func closeAll(ports []listener) {
 	}
 }
 
+// JoinWait is how long a socket of the owner's may be there that does not listen
+// yet.
+const JoinWait = time.Second
+
 // join asks the owner to serve beside it. An error that is a *tako.Error is the
 // owner's refusal.
 func (s *server) join() (j joined, err error) {
-	c, err := byDirectory(s.layout.SecondSocket(), func(path string) (*net.UnixConn, error) {
-		return net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
-	})
-	if err != nil {
-		return j, fmt.Errorf("ask it for its listeners: %w", err)
+	var c *net.UnixConn
+	for end := time.Now().Add(JoinWait); ; time.Sleep(JoinWait / 100) {
+		c, err = byDirectory(s.layout.SecondSocket(), func(path string) (*net.UnixConn, error) {
+			return net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+		})
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) || time.Now().After(end) {
+			return j, fmt.Errorf("ask it for its listeners: %w", err)
+		}
 	}
 	if j.pid, err = trust(c); err != nil {
 		return j, errors.Join(err, c.Close())
