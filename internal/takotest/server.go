@@ -187,7 +187,7 @@ func (s *Server) Launch() error {
 	if s.running() {
 		return errors.New("the server runs already")
 	}
-	flags := []string{"--socket", cmp.Or(s.link, s.Socket), "--data-dir", s.Data, "--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug"}
+	flags := []string{"--socket", cmp.Or(s.link, s.Socket), "--data-dir", s.Data, "--listen-address", "127.0.0.1", "--no-acme", "--log-level", "debug", "--app-uids", s.appUIDs()}
 	if !s.options.PortsInFile {
 		flags = append(flags, "--port", strconv.Itoa(s.HTTP), "--tls-port", strconv.Itoa(s.HTTPS))
 	}
@@ -216,6 +216,14 @@ func (s *Server) Launch() error {
 		close(done)
 	}(s.cmd, s.done)
 	return nil
+}
+
+// appUIDs are users for this server's apps that others' apps hardly have: what
+// listens on a port as an app's user is the app.
+func (s *Server) appUIDs() string {
+	const all, each = 10_000, 300
+	first := 70_000 + s.HTTP*397%(all-each)
+	return fmt.Sprintf("%d-%d", first, first+each-1)
 }
 
 func (s *Server) running() bool {
