@@ -37,6 +37,7 @@ var mayImport = map[string][]string{
 		"internal/tako", "internal/wire", "internal/ipc", "internal/route", "internal/sandbox",
 		"internal/logging", "internal/version", "internal/proxy/balance", "internal/proxy/upstream",
 		"internal/proxy/message", "internal/proxy/h1", "internal/proxy/h2", "internal/proxy/proxyproto",
+		"internal/proxy/eventloop",
 	},
 	"internal/agent": {
 		"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox", "internal/logging",
@@ -47,10 +48,11 @@ var mayImport = map[string][]string{
 	// Parts of one role.
 	"internal/proxy/balance":    {"internal/tako", "internal/wire"},
 	"internal/proxy/message":    nil,
-	"internal/proxy/h1":         {"internal/proxy/message"},
+	"internal/proxy/eventloop":  nil,
+	"internal/proxy/h1":         {"internal/proxy/message", "internal/proxy/eventloop"},
 	"internal/proxy/h2":         {"internal/proxy/message"},
 	"internal/proxy/proxyproto": nil,
-	"internal/proxy/upstream":   {"internal/proxy/message", "internal/proxy/h1"},
+	"internal/proxy/upstream":   {"internal/proxy/message", "internal/proxy/h1", "internal/proxy/eventloop"},
 	"internal/agent/launch":     {"internal/tako", "internal/wire", "internal/ipc", "internal/supervise", "internal/sandbox"},
 	"internal/agent/health":     {"internal/tako", "internal/wire"},
 	"internal/store":            {"internal/tako", "internal/uptime"},

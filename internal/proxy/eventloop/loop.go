@@ -1,0 +1,271 @@
+package eventloop
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// MaxDescriptor bounds the descriptors that a loop takes, which stand in a table.
+	MaxDescriptor = 1 << 20
+	// maxEvents is how many events are taken from the kernel at once.
+	maxEvents = 256
+	// shortSleep is how long a loop without events keeps its place with the scheduler.
+	shortSleep = 20 * time.Microsecond
+	// maxSpare is how many tasks without work a loop keeps, with their stacks.
+	maxSpare = 64
+)
+
+// A Group is a number of loops. Its zero value has none, and a nil Group neither.
+type Group struct {
+	loops []*Loop
+	next  atomic.Uint32
+	table []atomic.Pointer[Conn] // by descriptor; of all loops
+}
+
+// NewGroup starts n loops. Close ends them.
+func NewGroup(n int) (*Group, error) {
+	var files syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
+		return nil, fmt.Errorf("the limit of open files: %w", err)
+	}
+	g := &Group{table: make([]atomic.Pointer[Conn], min(files.Cur, MaxDescriptor))}
+	for i := range n {
+		l := &Loop{group: g, index: i, ended: make(chan struct{})}
+		if err := l.open(); err != nil {
+			return nil, errors.Join(err, g.Close(0))
+		}
+		g.loops = append(g.loops, l)
+		go l.run()
+	}
+	return g, nil
+}
+
+// Close ends the loops once they have no connections, or that long after it was
+// called, and waits for that. Whoever still needs a loop then waits for ever.
+func (g *Group) Close(within time.Duration) error {
+	for end := time.Now().Add(within); g.Conns() > 0 && time.Now().Before(end); {
+		time.Sleep(time.Millisecond)
+	}
+	var err error
+	for _, l := range g.loops {
+		l.post(job{})
+		<-l.ended
+		err = errors.Join(err, syscall.Close(l.ep), syscall.Close(l.bell))
+	}
+	g.loops = nil
+	return err
+}
+
+// Len returns how many loops there are.
+func (g *Group) Len() int {
+	if g == nil {
+		return 0
+	}
+	return len(g.loops)
+}
+
+// Conns returns how many connections the loops have.
+func (g *Group) Conns() (n int64) {
+	if g != nil {
+		for _, l := range g.loops {
+			n += l.conns.Load()
+		}
+	}
+	return n
+}
+
+// Turns counts how often a loop has found something to do without leaving its place
+// with the scheduler to others.
+func (g *Group) Turns() (n int64) {
+	if g != nil {
+		for _, l := range g.loops {
+			n += l.turns.Load()
+		}
+	}
+	return n
+}
+
+// Pick returns the loop for another connection: in turn, but never one with many
+// more than another. It returns nil if there are none.
+func (g *Group) Pick() *Loop {
+	if g.Len() == 0 {
+		return nil
+	}
+	best := g.loops[int(g.next.Add(1))%len(g.loops)]
+	for _, l := range g.loops {
+		if l.conns.Load()+l.conns.Load()/8 < best.conns.Load() {
+			best = l
+		}
+	}
+	return best
+}
+
+// A Loop serves its connections by one goroutine.
+type Loop struct {
+	group *Group
+	index int
+	ep    int // epoll
+	bell  int // eventfd, rung for what is posted to a loop that sleeps
+	conns atomic.Int64
+	turns atomic.Int64 // polls that found something without leaving its place
+	ended chan struct{}
+
+	asleep atomic.Bool
+	mu     sync.Mutex
+	posted []job // guarded by mu
+
+	// Of the loop's goroutine.
+	due    []job
+	spare  []*Task
+	events [maxEvents]unix.EpollEvent
+}
+
+// job is what a loop is to do: go on with a task, or begin on a connection, or, if
+// it is neither, end.
+type job struct {
+	task  *Task
+	begin Starter
+}
+
+// Index returns the loop's number in its group, from 0.
+func (l *Loop) Index() int { return l.index }
+
+func (l *Loop) open() (err error) {
+	if l.ep, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return fmt.Errorf("an epoll instance: %w", err)
+	}
+	if l.bell, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
+		return errors.Join(fmt.Errorf("an eventfd: %w", err), syscall.Close(l.ep))
+	}
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: int32(l.bell)} //nolint:gosec // a descriptor
+	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, l.bell, &ev); err != nil {
+		return errors.Join(fmt.Errorf("an eventfd in epoll: %w", err), syscall.Close(l.bell), syscall.Close(l.ep))
+	}
+	return nil
+}
+
+// post has the loop do j soon. It may be called from anywhere.
+func (l *Loop) post(j job) {
+	l.mu.Lock()
+	l.posted = append(l.posted, j)
+	l.mu.Unlock()
+	if l.asleep.Swap(false) {
+		one := [8]byte{1} // in the order of bytes of this machine or not: it is not 0
+		_, _ = syscall.Write(l.bell, one[:])
+	}
+}
+
+// take moves what was posted to due, and reports whether there is something to do.
+func (l *Loop) take() bool {
+	l.mu.Lock()
+	l.due, l.posted = append(l.due, l.posted...), l.posted[:0]
+	l.mu.Unlock()
+	return len(l.due) > 0
+}
+
+// run is the loop.
+func (l *Loop) run() {
+	defer close(l.ended)
+	for {
+		// What is posted meanwhile is done after the next look at the connections.
+		for i, busy := 0, l.take(); busy && i < len(l.due); i++ {
+			j := l.due[i]
+			l.due[i] = job{}
+			switch {
+			case j.task != nil:
+				l.resume(j.task)
+			case j.begin != nil:
+				l.begin(j.begin)
+			default:
+				for _, t := range l.spare {
+					t.end()
+				}
+				return
+			}
+		}
+		l.due = l.due[:0]
+		for _, ev := range l.events[:l.poll()] {
+			if int(ev.Fd) == l.bell {
+				continue // it was rung for what take finds
+			}
+			if c := l.group.table[ev.Fd].Load(); c != nil {
+				c.happened(l, ev.Events)
+			}
+		}
+	}
+}
+
+// poll waits for events, unless something is posted, and returns how many there are.
+func (l *Loop) poll() int {
+	// First without telling the scheduler. A busy loop need not, and shortSleep is no
+	// longer than the scheduler would leave it its place anyway.
+	if n := l.wait(&unix.Timespec{}); n > 0 {
+		return n
+	}
+	l.asleep.Store(true)
+	defer l.asleep.Store(false)
+	l.mu.Lock()
+	due := len(l.posted) > 0
+	l.mu.Unlock()
+	if due {
+		return 0
+	}
+	if n := l.wait(&unix.Timespec{Nsec: int64(shortSleep)}); n > 0 {
+		return n
+	}
+	forever := -1
+	n, _, errno := syscall.Syscall6(syscall.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(forever), 0, 0)
+	if errno != 0 {
+		return 0 // a signal
+	}
+	return int(n)
+}
+
+// wait waits for events that long, without telling the scheduler. A kernel that
+// lacks the call, before Linux 5.11, has none.
+func (l *Loop) wait(long *unix.Timespec) int {
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(unsafe.Pointer(long)), 0, 0)
+	if errno != 0 || n == 0 {
+		return 0
+	}
+	l.turns.Add(1)
+	return int(n)
+}
+
+// begin starts a task for s.
+func (l *Loop) begin(s Starter) {
+	var t *Task
+	if n := len(l.spare) - 1; n >= 0 {
+		t = l.spare[n]
+		l.spare[n] = nil
+		l.spare = l.spare[:n]
+	} else {
+		t = newTask(l)
+	}
+	t.work, t.attached, t.steps = s, true, 0
+	l.resume(t)
+}
+
+// resume goes on with t until it parks, leaves the loop or has done its work.
+func (l *Loop) resume(t *Task) {
+	t.next()
+	switch t.said {
+	case saidParked:
+	case saidLeft:
+		go t.drive()
+	case saidDone:
+		if len(l.spare) < maxSpare {
+			l.spare = append(l.spare, t)
+		} else {
+			t.end() // runs it to its end
+		}
+	}
+}
