@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"tako/internal/ipc"
@@ -55,7 +56,16 @@ func run() int {
 	signal.Ignore(syscall.SIGHUP, syscall.SIGINT, syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
-	switch err := proxy.Run(ctx, proxy.Config{Channel: channel, Version: version.String()}, log); {
+	conf := proxy.Config{Channel: channel, Version: version.String(), Loops: runtime.GOMAXPROCS(0)}
+	conf.Busy = func(busy bool) {
+		// Busy event loops keep what runs goroutines: all else gets some beside.
+		n := conf.Loops
+		if busy {
+			n += (n + 1) / 2
+		}
+		runtime.GOMAXPROCS(n)
+	}
+	switch err := proxy.Run(ctx, conf, log); {
 	case errors.Is(err, proxy.ErrMaster):
 		log.Error("leaving", "error", err)
 		return wire.ExitPeer

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"tako/internal/proxy/balance"
+	"tako/internal/proxy/eventloop"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
@@ -29,6 +30,8 @@ const (
 const (
 	MaxQueued = 6000 // so that 5,000 busy connections to one app of one instance are no trouble
 	QueueTime = 10 * time.Second
+	// expiryPause is the least time between two looks for those whose time is over.
+	expiryPause = 10 * time.Millisecond
 	// UploadPart bounds the requests whose bodies are still being read: they have
 	// at most one in so many of an instance's places, and of the queue's, though
 	// never none. So those who send slowly leave room for all others, who go past
@@ -61,6 +64,8 @@ type app struct {
 	leaving   []*instance                   // those no more in it, until nothing is left in flight
 	waiting   [kinds][]*waiter              // requests in the queue, the first one first
 	turn      uint64                        // of the last one
+	expiry    *time.Timer                   // calls expire; nil if none is due
+	expires   time.Time                     // when that is
 	woken     uint64                        // the revision that Wake was sent for
 
 	queued atomic.Int32 // how many are waiting, stored under mu
@@ -70,11 +75,29 @@ type app struct {
 }
 
 // waiter is a request in the queue. It is not to go to the instance not.
+//
+// One that parks a task leaves the queue when it is given a grant, is cancelled or
+// its time is over, which wakes the task once. The others take themselves out.
 type waiter struct {
+	app  *app
 	not  *instance
 	kind kind
 	turn uint64     // larger than of those before it, of both kinds
-	got  chan grant // has room for one
+	got  chan grant // has room for one; nil if a task is parked
+
+	task  *eventloop.Task
+	until time.Time
+	given grant // to the task
+}
+
+// give ends the wait of one that has just left the queue.
+func (w *waiter) give(g grant) {
+	if w.task == nil {
+		w.got <- g
+		return
+	}
+	w.given = g
+	w.task.Wake()
 }
 
 // grant is what a waiter gets: an instance that it is counted on, or an error.
@@ -334,9 +357,13 @@ func (a *app) try(not *instance, k kind) (*instance, error) {
 
 // wait is try for a request that has to wait in the queue: while every instance
 // has as many requests as it may, and with no instance if the app is one that
-// starts on demand. The error is a *refusal, errNoOther or ctx's cause.
-func (a *app) wait(ctx context.Context, not *instance, k kind) (*instance, error) {
-	w := &waiter{not: not, kind: k, got: make(chan grant, 1)}
+// starts on demand. The error is a *refusal, errNoOther or fl's cause.
+func (a *app) wait(fl *flight, not *instance, k kind) (*instance, error) {
+	if t := fl.out.Task; t.Attached() {
+		return a.park(fl, &waiter{app: a, not: not, kind: k, task: t})
+	}
+	ctx := fl.Context()
+	w := &waiter{app: a, not: not, kind: k, got: make(chan grant, 1)}
 	wait, err := a.enqueue(w)
 	if err != nil {
 		return nil, err
@@ -355,16 +382,99 @@ func (a *app) wait(ctx context.Context, not *instance, k kind) (*instance, error
 		if g, granted := a.leave(w); granted {
 			return g.inst, g.err
 		}
-		if a.conf.Load().asleep() {
-			return nil, errStartTimeout
-		}
-		return nil, errInstanceQueueFull
+		return nil, a.tooLate()
 	case <-ctx.Done():
 		if g, granted := a.leave(w); granted && g.inst != nil {
 			a.release(g.inst, k)
 		}
 		return nil, context.Cause(ctx)
 	}
+}
+
+// tooLate is the error for one whose time in the queue is over.
+func (a *app) tooLate() error {
+	if a.conf.Load().asleep() {
+		return errStartTimeout
+	}
+	return errInstanceQueueFull
+}
+
+// park is wait for a task.
+func (a *app) park(fl *flight, w *waiter) (*instance, error) {
+	if _, err := a.enqueue(w); err != nil {
+		return nil, err
+	}
+	if !fl.Wait(w) {
+		w.Cancel(fl.Cause())
+	}
+	w.task.Park()
+	fl.Waited()
+	return w.given.inst, w.given.err
+}
+
+// Cancel implements upstream.Waiting.
+func (w *waiter) Cancel(cause error) {
+	w.app.mu.Lock()
+	defer w.app.mu.Unlock()
+	if w.app.removeLocked(w) {
+		w.give(grant{err: cause})
+	}
+}
+
+// expireLocked sees to it that expire is called then, or before.
+func (a *app) expireLocked(then time.Time) {
+	if a.expiry != nil && !then.Before(a.expires) {
+		return
+	}
+	if a.expiry != nil {
+		a.expiry.Stop() // or it comes once more than is needed
+	}
+	a.expires = then
+	a.expiry = time.AfterFunc(time.Until(then), a.expire)
+}
+
+// expire ends the wait of tasks whose time is over.
+func (a *app) expire() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.expiry = nil
+	now := time.Now()
+	var next time.Time
+	for k := range a.waiting {
+		a.waiting[k] = slices.DeleteFunc(a.waiting[k], func(w *waiter) bool {
+			switch {
+			case w.task == nil: // it has a timer
+			case !w.until.After(now):
+				a.queued.Add(-1)
+				w.give(grant{err: a.tooLate()})
+				return true
+			case next.IsZero() || w.until.Before(next):
+				next = w.until
+			}
+			return false
+		})
+	}
+	if !next.IsZero() {
+		a.expireLocked(later(next, now.Add(expiryPause)))
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// removeLocked takes w out of the queue, and reports false if it was not in it.
+func (a *app) removeLocked(w *waiter) bool {
+	i := slices.Index(a.waiting[w.kind], w)
+	if i < 0 {
+		return false
+	}
+	a.waiting[w.kind] = slices.Delete(a.waiting[w.kind], i, i+1)
+	a.queued.Add(-1)
+	return true
 }
 
 // waitForChange returns once the revision that is being brought in, which has
@@ -399,6 +509,10 @@ func (a *app) enqueue(w *waiter) (time.Duration, error) {
 	w.turn = a.turn
 	a.waiting[w.kind] = append(a.waiting[w.kind], w)
 	a.queued.Add(1)
+	if w.task != nil {
+		w.until = time.Now().Add(wait)
+		a.expireLocked(w.until)
+	}
 	if asleep {
 		a.wakeLocked(conf)
 	} else {
@@ -428,7 +542,7 @@ func (a *app) grantLocked() {
 		w := rest[k][0]
 		rest[k] = rest[k][1:]
 		if g, done := conf.grant(w.not, k, a.out); done {
-			w.got <- g
+			w.give(g)
 			continue
 		}
 		keep(k, w)
@@ -468,7 +582,7 @@ func (a *app) grantFirstLocked(conf *appConf) (more bool) {
 			a.waiting[k][0] = nil
 			a.waiting[k] = a.waiting[k][1:]
 			a.queued.Add(-1)
-			w.got <- g
+			w.give(g)
 		case w.not != nil:
 			return true
 		case k == ordinary:
@@ -512,12 +626,9 @@ func (a *app) wakeLocked(conf *appConf) {
 func (a *app) leave(w *waiter) (grant, bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	i := slices.Index(a.waiting[w.kind], w)
-	if i < 0 {
+	if !a.removeLocked(w) {
 		return <-w.got, true
 	}
-	a.waiting[w.kind] = slices.Delete(a.waiting[w.kind], i, i+1)
-	a.queued.Add(-1)
 	return grant{}, false
 }
 

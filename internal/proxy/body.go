@@ -50,6 +50,7 @@ func (fl *flight) takeBody(conf *appConf) error {
 		}
 		return nil
 	}
+	fl.out.Task.Detach() // its client may take its time
 	if r.Expect || mayStream(r, conf) {
 		return nil
 	}

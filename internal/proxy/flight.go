@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 	"tako/internal/proxy/upstream"
 )
@@ -92,6 +93,9 @@ func (f *flights) begin(a *app, x message.Exchange) *flight {
 	}
 	fl := flightPool.Get().(*flight)
 	fl.all, fl.app, fl.x = f, a, x
+	if on, ok := x.(interface{ Task() *eventloop.Task }); ok {
+		fl.out.Task = on.Task()
+	}
 	fl.shard = &f.shards[x.Client().Connection%flightShards]
 	fl.shard.mu.Lock()
 	root := &fl.shard.root

@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/h1"
 	"tako/internal/proxy/h2"
 	"tako/internal/proxy/message"
@@ -60,9 +61,9 @@ type own struct {
 	greeting map[net.Conn]bool // guarded by mu: in an announcement or handshake; nil once closed
 }
 
-func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, log hclog.Logger) *own {
+func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, loops *eventloop.Group, log hclog.Logger) *own {
 	return &own{
-		h1:  &h1.Server{Handler: h, Limits: limits, Log: log},
+		h1:  &h1.Server{Handler: h, Limits: limits, Log: log, Loops: loops},
 		h2:  &h2.Server{Handler: h, Limits: limits, Log: log},
 		tls: conf, door: door, limits: limits, log: log, greeting: make(map[net.Conn]bool),
 	}
@@ -105,18 +106,19 @@ func isPassing(err error) bool {
 	return false
 }
 
-// serve has the codec of c's protocol serve it to its end. It has a goroutine of
+// serve has the codec of c's protocol serve it, to its end or till it goes to a loop. It has a goroutine of
 // its own, whose stack no handshake has stretched.
 func (f *own) serve(c net.Conn, client *message.Client, s seat) {
-	defer func() {
+	ended := func() {
 		f.open.Add(-1)
 		s.leave()
-	}()
+	}
 	if t, ok := c.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol == "h2" {
+		defer ended()
 		f.h2.Serve(c, client)
 		return
 	}
-	f.h1.Serve(c, client)
+	f.h1.Serve(c, client, ended)
 }
 
 // greet learns who the client is and does the handshake, as far as there are such.

@@ -109,6 +109,7 @@ func (h *handler) forward(x message.Exchange, a *app, c client) {
 	id := fl.requestFields(r, c)
 	if r.Upgrade != nil {
 		out.Upgrade = r.Upgrade
+		out.Task.Detach()
 		if r.Extended {
 			if !message.EqualFold(r.Upgrade, "websocket") {
 				h.refuse(x, fl, errNoWebSockets)
@@ -242,7 +243,7 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 	for range MaxTries {
 		inst, err := fl.app.try(tried, k)
 		if inst == nil && err == nil {
-			inst, err = fl.app.wait(fl.Context(), tried, k)
+			inst, err = fl.app.wait(fl, tried, k)
 		}
 		if err == errNoOther && fl.out.Elsewhere { //nolint:errorlint // it is never wrapped
 			tried, fl.out.Elsewhere = nil, false // there was one, but not any more
@@ -258,6 +259,9 @@ func (h *handler) exchange(fl *flight) (*upstream.Incoming, error) {
 		fl.uploading.Store(k == upload)
 		if fl.x.Request().Extended && inst.h2c {
 			return nil, errNoWebSockets
+		}
+		if inst.h2c {
+			fl.out.Task.Detach()
 		}
 		// An instance that dies may take a connection yet, and lose the request again.
 		fl.out.Elsewhere = tried == nil && !repeated && fl.app.conf.Load().several()

@@ -58,7 +58,10 @@ func (a *app) acquireOf(ctx context.Context, not *instance, k kind) (*instance, 
 	if i, err := a.try(not, k); i != nil || err != nil {
 		return i, err
 	}
-	return a.wait(ctx, not, k)
+	var fl flight
+	stop := context.AfterFunc(ctx, func() { fl.Do(context.Cause(ctx)) })
+	defer stop()
+	return a.wait(&fl, not, k)
 }
 
 func (a *app) numbered(n uint32) *instance { return a.instances[tako.InstanceID{App: "blog", N: n}] }

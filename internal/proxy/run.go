@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"reflect"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +19,7 @@ import (
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 	"tako/internal/route"
 	"tako/internal/tako"
@@ -27,6 +30,8 @@ import (
 const (
 	// TrafficEvery is how often the master is told of traffic.
 	TrafficEvery = time.Second
+	// BusyTurns is from how many turns a second on the event loops are busy.
+	BusyTurns = 2000
 	// QuickRequests is what requests in flight get when the master has gone, or the
 	// process is asked to leave by a signal. Streams get nothing.
 	QuickRequests = 5 * time.Second
@@ -49,6 +54,11 @@ type Config struct {
 	Version string
 	// Limits are those of connections with clients; DefaultLimits if they are zero.
 	Limits message.Limits
+	// Loops is the number of event loops; 0 is one for each processor.
+	Loops int
+	// Busy, if set, is told when the event loops begin to keep their places with the
+	// scheduler, and when they no longer do, BusyTurns times a second.
+	Busy func(bool)
 }
 
 // state is what a request sees. It never changes.
@@ -99,9 +109,10 @@ type process struct {
 
 	// When requests and streams are cut, in Unix nanoseconds, while leaving.
 	requestsBy, streamsBy atomic.Int64
-	finished              atomic.Bool   // Drained is in the outbox
-	retell                atomic.Bool   // all traffic is news to the master
-	drained               chan struct{} // closed at the end of leaving
+	finished              atomic.Bool      // Drained is in the outbox
+	retell                atomic.Bool      // all traffic is news to the master
+	drained               chan struct{}    // closed at the end of leaving
+	loops                 *eventloop.Group // nil without
 }
 
 type listener struct {
@@ -157,6 +168,11 @@ func Run(ctx context.Context, cfg Config, log hclog.Logger) error {
 	for _, a := range p.apps {
 		a.close()
 	}
+	if p.loops != nil {
+		if err := p.loops.Close(unwindTime); err != nil {
+			log.Debug("close the event loops", "error", err)
+		}
+	}
 	return err
 }
 
@@ -174,7 +190,12 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
 	p.door = newDoorman(p.flights.most, p.isTrusted, log)
 	p.door.announces = func() bool { return p.state.Load().announced }
-	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, log)
+	var err error
+	if p.loops, err = eventloop.NewGroup(cmp.Or(cfg.Loops, runtime.GOMAXPROCS(0))); err != nil {
+		log.Warn("no event loops; every connection has a goroutine", "error", err)
+		p.loops = nil
+	}
+	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, p.loops, log)
 	return p
 }
 
@@ -518,6 +539,7 @@ func (p *process) report(ctx context.Context) {
 		ended   int64
 	}
 	last := make(map[tako.AppID]seen)
+	turns, busy := p.loops.Turns(), false
 	tick := time.NewTicker(TrafficEvery)
 	defer tick.Stop()
 	for {
@@ -526,6 +548,12 @@ func (p *process) report(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+		now := p.loops.Turns()
+		if is := now-turns > BusyTurns*int64(TrafficEvery)/int64(time.Second); is != busy && p.cfg.Busy != nil {
+			busy = is
+			p.cfg.Busy(is)
+		}
+		turns = now
 		if p.retell.Swap(false) {
 			clear(last)
 		}

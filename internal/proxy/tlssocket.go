@@ -5,15 +5,20 @@ import (
 	"net"
 	"syscall"
 	"unsafe"
+
+	"tako/internal/proxy/eventloop"
 )
 
 // tlsSocket is the connection beneath TLS. Its reads and writes do not announce
 // themselves to the scheduler, as those of package net do: the descriptor never
 // blocks, and a small record would pay a tenth more for it. There is one reader
 // and one writer at a time, which crypto/tls sees to.
+//
+// On an event loop the loop's own connection takes its place.
 type tlsSocket struct {
-	*net.TCPConn
-	raw syscall.RawConn
+	net.Conn
+	tcp *net.TCPConn    // Conn, or nil on a loop
+	raw syscall.RawConn // of tcp
 
 	readFn, writeFn   func(fd uintptr) bool
 	in, out           []byte
@@ -31,18 +36,36 @@ func tlsSocketOf(c net.Conn) net.Conn {
 	if err != nil {
 		return c
 	}
-	s := &tlsSocket{TCPConn: tcp, raw: raw}
+	s := &tlsSocket{Conn: tcp, tcp: tcp, raw: raw}
 	s.readFn, s.writeFn = s.read, s.write
 	return s
 }
 
 // NetConn returns the connection itself.
-func (s *tlsSocket) NetConn() net.Conn { return s.TCPConn }
+func (s *tlsSocket) NetConn() net.Conn { return s.Conn }
+
+// Adopt implements h1.Adoptee.
+func (s *tlsSocket) Adopt(l *eventloop.Loop) (*eventloop.Conn, error) {
+	on, err := l.Adopt(s.tcp)
+	if err != nil {
+		return nil, err
+	}
+	s.Conn, s.tcp, s.raw, s.readFn, s.writeFn = on, nil, nil, nil, nil
+	return on, nil
+}
+
+// CloseWrite ends our half of the connection.
+func (s *tlsSocket) CloseWrite() error {
+	return s.Conn.(interface{ CloseWrite() error }).CloseWrite() // both have it
+}
 
 // Read reads what has come, or waits for it.
 func (s *tlsSocket) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
+	}
+	if s.tcp == nil {
+		return s.Conn.Read(b)
 	}
 	s.in, s.got, s.readErr = b, 0, nil
 	err := s.raw.Read(s.readFn)
@@ -74,6 +97,9 @@ func (s *tlsSocket) read(fd uintptr) bool {
 
 // Write writes all of b.
 func (s *tlsSocket) Write(b []byte) (int, error) {
+	if s.tcp == nil {
+		return s.Conn.Write(b)
+	}
 	s.out, s.writeErr = b, nil
 	err := s.raw.Write(s.writeFn)
 	n := len(b) - len(s.out)

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 )
 
@@ -26,11 +27,18 @@ import (
 type conn struct {
 	srv    *Server
 	client *message.Client
+	ended  func()          // called at the end, if not nil
 	nc     net.Conn        // what is read and written
-	sock   net.Conn        // nc, or what is beneath TLS
 	tcp    *net.TCPConn    // nc, if it is one
-	raw    syscall.RawConn // of sock; nil if it has none
-	plain  bool            // nc is sock and has raw
+	raw    syscall.RawConn // of nc, if that is no TLS and not on a loop
+	under  Adoptee         // what is beneath TLS, if that can go to a loop
+
+	// The socket, nc or what is beneath TLS.
+	sock atomic.Pointer[socket]
+
+	// On an event loop: it has no goroutine between its requests.
+	loop *eventloop.Conn // the socket; nil elsewhere
+	task *eventloop.Task // that answers a request
 
 	phase phaseSince
 
@@ -60,55 +68,166 @@ type conn struct {
 
 	mu      sync.Mutex      // held while a watcher is told, and while a wait is ended
 	watcher message.Watcher // guarded by mu
+	moving  bool            // guarded by mu: it is to go to a loop; the read deadline is for that
+	stays   bool            // written under mu: no loop takes it
 	watch   uint32          // guarded by mu: counts watchers and their ends
 	gone    bool            // guarded by mu: during an exchange
 	finAt   int64           // of the sweeps: the clock when the client's half was seen to be over, 0 if it is not
 	sending sync.Mutex      // held while a 100 is sent, or made impossible
 }
 
-func newConn(s *Server, nc net.Conn, client *message.Client) *conn {
-	c := &conn{srv: s, client: client, nc: nc, sock: nc}
+// socket is a connection without TLS, with a way to its descriptor, or nil.
+type socket struct {
+	net.Conn
+	control func(func(fd uintptr)) error
+}
+
+// An Adoptee is a connection that can go on on a loop. It may stand beneath TLS.
+type Adoptee interface {
+	net.Conn
+	// Adopt moves it there. Nobody reads or writes meanwhile. On an error it is as it
+	// was; without one it uses what is returned, and what it used before is closed.
+	Adopt(l *eventloop.Loop) (*eventloop.Conn, error)
+}
+
+func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn {
+	c := &conn{srv: s, client: client, nc: nc, ended: ended}
+	sock := &socket{Conn: nc}
 	for {
-		under, ok := c.sock.(interface{ NetConn() net.Conn })
+		under, ok := sock.Conn.(interface{ NetConn() net.Conn })
 		if !ok {
 			break
 		}
-		c.sock = under.NetConn()
+		sock.Conn = under.NetConn()
+		if c.under == nil {
+			c.under, _ = sock.Conn.(Adoptee)
+		}
 	}
-	if sc, ok := c.sock.(syscall.Conn); ok {
-		c.raw, _ = sc.SyscallConn() // an error leaves nil
+	if sc, ok := sock.Conn.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			sock.control = raw.Control
+			if sock.Conn == nc {
+				c.raw = raw
+			}
+		}
 	}
-	c.plain = c.raw != nil && c.sock == nc
+	c.sock.Store(sock)
 	c.tcp, _ = nc.(*net.TCPConn)
-	if c.plain {
+	if c.raw != nil {
 		c.waitFn, c.sendFn = c.tryRead, c.trySend
 	}
 	return c
 }
+
+// secure: nc is TLS.
+func (c *conn) secure() bool { return c.nc != c.sock.Load().Conn }
 
 // past is a deadline that wakes what waits.
 var past = time.Unix(1, 0)
 
 func isTimeout(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
-// serve answers requests until the connection ends.
+// serve answers requests until the connection ends, or waits for its next one on a
+// loop.
 func (c *conn) serve() {
-	defer c.end()
-	for c.await() {
-		c.x = exchanges.Get().(*exchange)
-		for {
-			if !c.readHead() || !c.exchange() {
-				return
-			}
-			if b := c.in.B[c.r:c.w]; len(b) == 0 || string(b) == "\r\n" { // which old clients send after a body
-				break
-			}
-			c.phase.store(head, c.srv.clock.Load())
+	for turns := 0; ; {
+		switch c.turn() {
+		case over:
+			c.end()
+			return
+		case answered:
+			turns++
+		case unasked:
+			turns = loopAfter
 		}
-		c.release()
-		// Even if the server drains since: its answer has promised to read on.
-		c.phase.store(idle, c.srv.clock.Load())
+		if turns >= loopAfter && c.adopt() {
+			return
+		}
 	}
+}
+
+// Start is called by the loop when the connection has something to read, or is to
+// end.
+func (c *conn) Start(t *eventloop.Task) {
+	c.task = t
+	c.loop.Own(t)
+	if c.turn() == over {
+		c.end()
+		return
+	}
+	c.task = nil
+	c.loop.Idle(c)
+}
+
+// adopt moves a connection that waits for its next request to a loop, from where
+// Start goes on. If it reports false nothing has changed.
+func (c *conn) adopt() bool {
+	l := c.srv.Loops.Pick()
+	if l == nil || c.stays {
+		return false
+	}
+	var on *eventloop.Conn
+	var err error
+	c.mu.Lock() // no deadline is being set
+	c.moving = false
+	switch {
+	case c.under != nil:
+		on, err = c.under.Adopt(l)
+	case c.raw != nil:
+		on, err = l.Adopt(c.nc)
+	default:
+		err = errors.ErrUnsupported
+	}
+	if err != nil {
+		c.stays = true
+		c.mu.Unlock()
+		if c.srv.Log != nil && !errors.Is(err, errors.ErrUnsupported) {
+			c.srv.Log.Debug("a connection stays off the event loops", "error", err)
+		}
+		return false
+	}
+	c.loop = on
+	c.sock.Store(&socket{Conn: on, control: on.Control})
+	if c.under == nil {
+		c.nc, c.tcp, c.raw = on, nil, nil
+	}
+	ph, _ := c.phase.load()
+	if ph == expired || c.interrupted.Load() {
+		_ = on.SetDeadline(past) // which was meant for the old one
+	}
+	c.mu.Unlock()
+	on.Idle(c)
+	return true
+}
+
+// outcome is what a turn has come to.
+type outcome int
+
+const (
+	over     outcome = iota // no other request follows
+	answered                // one was answered
+	unasked                 // none came, and the connection is wanted on a loop
+)
+
+// turn waits for a request and answers it, and what has come with it.
+func (c *conn) turn() outcome {
+	if o := c.await(); o != answered {
+		return o
+	}
+	c.x = exchanges.Get().(*exchange)
+	for {
+		if !c.readHead() || !c.exchange() {
+			return over
+		}
+		if b := c.in.B[c.r:c.w]; len(b) == 0 || string(b) == "\r\n" { // which old clients send after a body
+			break
+		}
+		c.phase.store(head, c.srv.clock.Load())
+	}
+	c.release()
+	// Even if the server drains since: its answer has promised to read on.
+	c.phase.store(idle, c.srv.clock.Load())
+	return answered
 }
 
 // release gives back what a waiting connection does not need.
@@ -132,11 +251,14 @@ func (c *conn) end() {
 	}
 	c.release()
 	_ = c.nc.Close()
+	c.srv.remove(c)
+	if c.ended != nil {
+		c.ended()
+	}
 }
 
-// await waits for the first bytes of a request, and reports false if there is to
-// be none.
-func (c *conn) await() bool {
+// await waits for the first bytes of a request, which is an answered turn to be.
+func (c *conn) await() outcome {
 	for {
 		err := c.wait()
 		ph, since := c.phase.load()
@@ -146,26 +268,50 @@ func (c *conn) await() bool {
 				next = since
 			}
 			if ph != expired && c.phase.move(ph, head, since, next) {
-				return true
+				return answered
 			}
 			// Its time is over, but what has come is answered.
 			c.phase.store(head, next)
 			c.rearm()
-			return true
+			return answered
 		}
 		if !isTimeout(err) || c.interrupted.Load() {
-			return false
+			return over
 		}
 		if c.rearm() != expired {
+			if c.wanted() {
+				return unasked
+			}
 			continue
 		}
 		if !c.pending() {
-			return false
+			return over
 		}
 		// A request came just before the end.
 		c.phase.store(head, c.srv.clock.Load())
 		c.rearm()
 	}
+}
+
+// wanted: the connection is to go to a loop.
+func (c *conn) wanted() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.moving
+}
+
+// move has a connection that waits, without a loop, go to one.
+func (c *conn) move() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if ph, _ := c.phase.load(); ph != idle || c.moving || c.stays || c.srv.Loops.Len() == 0 {
+		return
+	}
+	if _, on := c.sock.Load().Conn.(*eventloop.Conn); on {
+		return
+	}
+	c.moving = true
+	_ = c.sock.Load().SetReadDeadline(past)
 }
 
 // rearm takes off a deadline that was meant for something else, and returns the
@@ -174,25 +320,27 @@ func (c *conn) rearm() phase {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ph, _ := c.phase.load()
+	sock := c.sock.Load()
 	if ph != expired {
-		_ = c.sock.SetReadDeadline(time.Time{})
+		_ = sock.SetReadDeadline(time.Time{})
 	}
 	if c.interrupted.Load() {
-		_ = c.sock.SetReadDeadline(past)
+		_ = sock.SetReadDeadline(past)
 	}
 	return ph
 }
 
 // wait reads something into in.
 func (c *conn) wait() error {
-	if c.plain {
+	if c.raw != nil {
 		if err := c.raw.Read(c.waitFn); err != nil {
 			return err
 		}
 		return c.waitErr
 	}
 	c.r, c.w = 0, 0
-	if c.srv.open.Load() > cmp.Or(c.srv.lazyConns, LazyConns) {
+	// On a loop something has come already.
+	if c.loop == nil && c.srv.open.Load() > cmp.Or(c.srv.lazyConns, LazyConns) {
 		// The rest is in the record that TLS has decrypted by then.
 		if _, err := io.ReadFull(c.nc, c.one[:]); err != nil {
 			return err
@@ -240,7 +388,7 @@ func (c *conn) expireIf(is phase) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if ph, since := c.phase.load(); ph == is && c.phase.move(ph, expired, since, since) {
-		_ = c.sock.SetReadDeadline(past)
+		_ = c.sock.Load().SetReadDeadline(past)
 	}
 }
 
@@ -343,17 +491,18 @@ func (c *conn) refuse(err error) {
 // that it does not turn the answer into a reset connection.
 func (c *conn) linger() {
 	c.phase.store(closing, c.srv.clock.Load())
-	if closeWrite(c.nc) != nil || c.sock != c.nc && closeWrite(c.sock) != nil {
+	sock := c.sock.Load()
+	if closeWrite(c.nc) != nil || c.secure() && closeWrite(sock.Conn) != nil {
 		return
 	}
-	_ = c.sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
+	_ = sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
 	if c.interrupted.Load() {
 		return
 	}
 	b := Get(OutBuffer)
 	defer Put(b)
 	for left := c.srv.Limits.LingerBytes; left > 0; {
-		n, err := c.sock.Read(b.B[:min(int64(len(b.B)), left)])
+		n, err := sock.Read(b.B[:min(int64(len(b.B)), left)])
 		if left -= int64(n); err != nil {
 			return
 		}
@@ -370,17 +519,18 @@ func closeWrite(c net.Conn) error {
 // drop closes the connection without the good-bye of TLS. With reset, the client
 // cannot take what it got for the whole even if nothing but the end would tell.
 func (c *conn) drop(reset bool) {
-	if tcp, ok := c.sock.(*net.TCPConn); ok && reset {
+	sock := c.sock.Load()
+	if tcp, ok := sock.Conn.(interface{ SetLinger(sec int) error }); ok && reset {
 		_ = tcp.SetLinger(0)
 	}
-	_ = c.sock.Close()
+	_ = sock.Close()
 }
 
 // write sends b.
 func (c *conn) write(b []byte) error {
 	c.writing.Store(c.srv.clock.Load())
 	var err error
-	if c.plain {
+	if c.raw != nil {
 		c.unsent, c.sendErr = b, nil
 		if err = c.raw.Write(c.sendFn); err == nil {
 			err = c.sendErr
@@ -442,7 +592,7 @@ func (c *conn) exchange() bool {
 		c.drop(x.mode == untilClose)
 		return false
 	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW || c.pending()):
-		_ = c.sock.SetReadDeadline(time.Time{})
+		_ = c.sock.Load().SetReadDeadline(time.Time{})
 		c.linger()
 		c.drop(false)
 		return false
@@ -476,7 +626,7 @@ func (c *conn) drain() bool {
 	if errors.Is(x.bodyErr, errStopped) {
 		x.bodyErr = nil
 	}
-	_ = c.sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
+	_ = c.sock.Load().SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
 	c.late.Store(true) // that deadline is meant
 	b := Get(OutBuffer)
 	defer Put(b)
@@ -499,10 +649,11 @@ type pollResult struct{ readable, fin, reset bool }
 
 // poll looks at the socket without reading it.
 func (c *conn) poll() (p pollResult) {
-	if c.raw == nil {
+	sock := c.sock.Load()
+	if sock.control == nil {
 		return p
 	}
-	_ = c.raw.Control(func(fd uintptr) { // a closed one shows elsewhere
+	_ = sock.control(func(fd uintptr) { // a closed one shows elsewhere
 		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN | unix.POLLRDHUP}} //nolint:gosec // a descriptor
 		if n, err := unix.Poll(fds[:], 0); n > 0 && err == nil {
 			ev := fds[0].Revents
@@ -521,7 +672,7 @@ func (c *conn) pending() bool {
 // untaken reports whether the client has yet to take something that was sent.
 func (c *conn) untaken() bool {
 	unsent := true
-	_ = c.raw.Control(func(fd uintptr) {
+	_ = c.sock.Load().control(func(fd uintptr) {
 		if n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
 			unsent = n > 0
 		}
@@ -532,32 +683,34 @@ func (c *conn) untaken() bool {
 // look keeps the limits. It is the sweeps' only.
 func (c *conn) look(clock int64, every time.Duration) {
 	l := &c.srv.Limits
-	over := func(since int64, limit time.Duration) bool { return clock-since > int64(limit+every) }
+	tooOld := func(since int64, limit time.Duration) bool { return clock-since > int64(limit+every) }
 	ph, since := c.phase.load()
 	switch ph {
 	case fresh, head:
-		if over(since, l.Head) {
+		if tooOld(since, l.Head) {
 			c.expireIf(ph)
 		}
 	case idle:
-		if over(since, l.Keep) {
+		if tooOld(since, l.Keep) {
 			c.expireIf(ph)
+		} else if tooOld(since, 0) {
+			c.move()
 		}
 	case exchanging:
 		c.lookAtBody(clock, every)
-		if over(since, cmp.Or(c.srv.goneTime, GoneTime)) {
+		if tooOld(since, cmp.Or(c.srv.goneTime, GoneTime)) {
 			c.lookForClient(clock, every)
 		} else {
 			c.finAt = 0
 		}
 	case tunneling, closing, expired:
 	}
-	if began := c.writing.Load(); began != 0 && over(began, l.Write) {
+	if began := c.writing.Load(); began != 0 && tooOld(began, l.Write) {
 		if c.splicing.Load() && !c.untaken() {
 			c.writing.CompareAndSwap(began, clock) // the app is slow, not the client
 			return
 		}
-		_ = c.sock.SetWriteDeadline(past)
+		_ = c.sock.Load().SetWriteDeadline(past)
 	}
 }
 
@@ -572,7 +725,7 @@ func (c *conn) lookAtBody(clock int64, every time.Duration) {
 	all := waited + time.Duration(c.bodyWaited.Load())
 	if waited > l.Body+every || all > l.Body+every && float64(c.bodyBytes.Load()) < float64(l.BodyRate)*all.Seconds() {
 		c.late.Store(true)
-		_ = c.sock.SetReadDeadline(past)
+		_ = c.sock.Load().SetReadDeadline(past)
 	}
 }
 

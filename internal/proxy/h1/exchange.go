@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 )
 
@@ -136,6 +137,9 @@ func (c *conn) begin() {
 
 // Request returns the head.
 func (c *conn) Request() *message.Request { return &c.x.head.Request }
+
+// Task returns the task of an event loop that answers the request, nil elsewhere.
+func (c *conn) Task() *eventloop.Task { return c.task }
 
 // Client returns what Serve was told.
 func (c *conn) Client() *message.Client { return c.client }
@@ -351,7 +355,7 @@ func (c *conn) Trailer() []message.Field {
 func (c *conn) StopBody() {
 	c.stopped.Store(true)
 	if c.reading.Load() != 0 {
-		_ = c.sock.SetReadDeadline(past)
+		_ = c.sock.Load().SetReadDeadline(past)
 	}
 }
 
@@ -536,7 +540,9 @@ func (c *conn) Flush() error {
 }
 
 // CanSplice implements message.Splicer.
-func (c *conn) CanSplice() bool { return c.tcp != nil && c.x.mode == counted }
+func (c *conn) CanSplice() bool {
+	return (c.tcp != nil || c.loop != nil && !c.secure()) && c.x.mode == counted
+}
 
 // SpliceFrom implements message.Splicer.
 func (c *conn) SpliceFrom(src net.Conn, n int64) (int64, error) {
@@ -558,10 +564,9 @@ func (c *conn) SpliceFrom(src net.Conn, n int64) (int64, error) {
 	moved := int64(0)
 	for moved < n && x.err == nil {
 		piece := min(n-moved, SplicePiece)
-		x.limited = io.LimitedReader{R: src, N: piece}
 		c.splicing.Store(true)
 		c.writing.Store(c.srv.clock.Load())
-		m, err := c.tcp.ReadFrom(&x.limited)
+		m, err := c.splice(src, piece)
 		c.writing.Store(0)
 		c.splicing.Store(false)
 		moved += m
@@ -569,9 +574,22 @@ func (c *conn) SpliceFrom(src net.Conn, n int64) (int64, error) {
 			x.err = io.ErrUnexpectedEOF
 		}
 	}
-	x.limited.R = nil
 	x.more -= moved
 	return moved, x.err
+}
+
+// splice moves up to n bytes, and fewer only if it fails or src has ended.
+func (c *conn) splice(src net.Conn, n int64) (int64, error) {
+	to := io.Writer(c.loop)
+	if c.loop == nil {
+		to = c.tcp
+	} else if on, ok := src.(*eventloop.Conn); ok {
+		return c.loop.Splice(on, n)
+	}
+	x := c.x
+	x.limited = io.LimitedReader{R: src, N: n}
+	defer func() { x.limited.R = nil }()
+	return io.Copy(to, &x.limited)
 }
 
 // End implements message.Exchange.
@@ -639,7 +657,7 @@ func (c *conn) leave() {
 // Interrupt implements message.Exchange.
 func (c *conn) Interrupt() {
 	c.interrupted.Store(true)
-	_ = c.sock.SetDeadline(past)
+	_ = c.sock.Load().SetDeadline(past)
 }
 
 // Tunnel implements message.Exchange.
@@ -678,10 +696,10 @@ func (s *stream) Write(p []byte) (int, error) {
 }
 
 func (s *stream) CloseWrite() error {
-	if err := closeWrite(s.nc); err != nil || s.sock == s.nc {
+	if err := closeWrite(s.nc); err != nil || !(*conn)(s).secure() {
 		return err
 	}
-	return closeWrite(s.sock)
+	return closeWrite(s.sock.Load().Conn)
 }
 
 // Close may come twice.

@@ -9,6 +9,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 )
 
@@ -19,6 +20,9 @@ const (
 	// GoneTime is the age of an exchange from which it is looked at whether its
 	// client is still there.
 	GoneTime = time.Second
+	// loopAfter is how many requests a connection brings before it goes to a loop: one
+	// that brings a single request, as many do, would pay for nothing.
+	loopAfter = 2
 	// shutdownTime is how often Shutdown looks for connections that have come to wait.
 	shutdownTime = 10 * time.Millisecond
 	// sweepTime is how often all connections are looked at, at most.
@@ -34,6 +38,10 @@ type Server struct {
 	Handler message.Handler
 	Limits  message.Limits
 	Log     hclog.Logger
+	// Loops is where connections go that wait for another request after their second,
+	// and are served from then on; nil for nowhere. The handler finds the task by a method Task of
+	// the exchange, and may wait only as tasks may.
+	Loops *eventloop.Group
 
 	// Of tests; 0 is GoneTime and LazyConns.
 	goneTime  time.Duration
@@ -55,14 +63,17 @@ type Server struct {
 
 // Serve answers the requests of c until it ends, and closes it. C is a TCP or
 // Unix connection, or TLS over one, after its handshake. Client is what all its
-// exchanges say of the other end.
-func (s *Server) Serve(c net.Conn, client *message.Client) {
-	conn := newConn(s, c, client)
+// exchanges say of the other end. Ended, if not nil, is called at the end, which
+// may be after Serve has returned: then the connection is on a loop.
+func (s *Server) Serve(c net.Conn, client *message.Client, ended func()) {
+	conn := newConn(s, c, client, ended)
 	if !s.add(conn) {
 		_ = c.Close()
+		if ended != nil {
+			ended()
+		}
 		return
 	}
-	defer s.remove(conn)
 	conn.serve()
 }
 
@@ -113,7 +124,7 @@ func (s *Server) Close() {
 	s.Drain()
 	for _, c := range s.all(nil) {
 		c.Interrupt()
-		_ = c.sock.Close()
+		_ = c.sock.Load().Close()
 	}
 }
 

@@ -131,7 +131,7 @@ func start(t testing.TB, network string, of *Server, secure *tls.Config) *server
 					}
 					nc = tc
 				}
-				s.Serve(nc, &message.Client{Secure: secure != nil})
+				s.Serve(nc, &message.Client{Secure: secure != nil}, nil)
 			})
 		}
 	})

@@ -14,8 +14,32 @@ type Cancel struct {
 	mu    sync.Mutex
 	cause error
 	conn  net.Conn // of the exchange under way, to be closed
+	queue Waiting  // what is waited for instead, to be told
 	ctx   context.Context
 	end   context.CancelCauseFunc
+}
+
+// Waiting is a place in a queue that an exchange may wait for.
+type Waiting interface {
+	// Cancel gives the place up. It comes from a goroutine of its own, maybe when
+	// nobody waits any more.
+	Cancel(cause error)
+}
+
+// Wait has Do cancel w as well, until Waited. It reports false if Do was called
+// before.
+func (c *Cancel) Wait(w Waiting) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.queue = w
+	return c.cause == nil
+}
+
+// Waited takes Wait back.
+func (c *Cancel) Waited() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.queue = nil
 }
 
 // Do ends the exchange under way, and all after it, for that cause; nil stands
@@ -33,6 +57,10 @@ func (c *Cancel) Do(cause error) {
 	if c.conn != nil {
 		_ = c.conn.Close() // under mu, so that it is nobody else's by now
 		c.conn = nil
+	}
+	if c.queue != nil {
+		go c.queue.Cancel(cause)
+		c.queue = nil
 	}
 	if c.end != nil {
 		c.end(cause)
@@ -67,7 +95,7 @@ func (c *Cancel) Reset() {
 	if c.end != nil {
 		c.end(nil)
 	}
-	c.cause, c.conn, c.ctx, c.end = nil, nil, nil, nil
+	c.cause, c.conn, c.queue, c.ctx, c.end = nil, nil, nil, nil, nil
 }
 
 // attach has Do close the connection, and reports false if Do was called before.

@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"time"
 	"unsafe"
+
+	"tako/internal/proxy/eventloop"
 )
 
 // deadlineSlack is how late the deadlines of a connection may be: they are set
@@ -18,6 +20,7 @@ const deadlineSlack = 5 * time.Second
 type link struct {
 	net.Conn
 	pool  *Pool
+	on    *eventloop.Conn       // Conn, if it is on a loop
 	raw   syscall.RawConn       // nil if it is no socket
 	step  func(fd uintptr) bool // l.steps, made once
 	since time.Time             // idle since
@@ -45,19 +48,55 @@ const (
 var (
 	// errStale: the instance has closed the connection while it was idle, or has
 	// sent something. Nothing was written.
-	errStale = errors.New("the idle connection has ended")
+	errStale = eventloop.ErrStale
 	errShort = errors.New("the request was written in part")
 )
 
 func newLink(c net.Conn, p *Pool) *link {
-	l := &link{Conn: c, pool: p}
+	l := &link{pool: p}
+	l.use(c)
+	return l
+}
+
+// use makes c the connection.
+func (l *link) use(c net.Conn) {
+	l.Conn, l.on, l.raw, l.step, l.due = c, nil, nil, nil, time.Time{}
 	if sc, ok := c.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			l.raw = raw
 			l.step = l.steps
 		}
 	}
-	return l
+}
+
+// settle brings the connection, which is idle or new, to where t runs: to its loop,
+// or off any if t is nil. A task whose loop cannot take it goes to a goroutine. On
+// an error the connection is of no use.
+func (l *link) settle(t *eventloop.Task) error {
+	switch {
+	case t == nil && l.on == nil:
+		return nil
+	case t == nil:
+		c, err := l.on.Surrender()
+		if err != nil {
+			return err
+		}
+		l.use(c)
+		return nil
+	case l.on == nil:
+		on, err := t.Loop().Adopt(l.Conn)
+		if err != nil {
+			t.Detach()
+			return nil
+		}
+		l.Conn, l.on, l.raw, l.step, l.due = on, on, nil, nil, time.Time{}
+	default:
+		if err := l.on.Move(t.Loop()); err != nil {
+			return err
+		}
+	}
+	l.on.Own(t)
+	return nil
 }
 
 // swap writes out, waits, and reads what has come into in. Look has it see first
@@ -69,6 +108,9 @@ func newLink(c net.Conn, p *Pool) *link {
 // on, and forgets there what it had noted: that is what the look is for, or, without
 // it, a reading right after the writing.
 func (l *link) swap(out, in []byte, look bool) (wrote, got int, err error) {
+	if l.on != nil {
+		return l.on.Swap(out, in, look)
+	}
 	if l.raw == nil {
 		if n, err := l.Write(out); err != nil {
 			return n, 0, err
@@ -161,11 +203,15 @@ func quiet(fd uintptr) bool {
 
 // silent is quiet for a connection that may be no socket, which counts as silent.
 func (l *link) silent() bool {
-	if l.raw == nil {
-		return true
+	control := func(func(uintptr)) error { return nil }
+	is := true
+	switch {
+	case l.on != nil:
+		control = l.on.Control
+	case l.raw != nil:
+		control = l.raw.Control
 	}
-	is := false
-	err := l.raw.Control(func(fd uintptr) { is = quiet(fd) })
+	err := control(func(fd uintptr) { is = quiet(fd) })
 	return err == nil && is
 }
 

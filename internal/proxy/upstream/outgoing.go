@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/h1"
 	"tako/internal/proxy/message"
 )
@@ -49,6 +50,10 @@ type Outgoing struct {
 	// Inform, if set, is told of 103 answers before RoundTrip returns. The fields
 	// are valid until it returns.
 	Inform func(status int, fields []message.Field)
+	// Task, if not nil, sends the request, by connections of its loop. It is detached
+	// if the request has a Body that is not Buffered, or asks for an Upgrade, or goes
+	// to an H2CPool.
+	Task *eventloop.Task
 
 	asked bool   // Body, whether it is Buffered
 	whole bool   // it is
@@ -78,7 +83,7 @@ func (r *Outgoing) buffered() ([]byte, bool) {
 // closed.
 func (r *Outgoing) Clear() {
 	r.Method, r.Target, r.Host, r.Fields, r.Length, r.HasLength = nil, nil, nil, r.Fields[:0], 0, false
-	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform = nil, nil, false, false, nil
+	r.Body, r.Upgrade, r.Expect, r.TETrailers, r.Inform, r.Task = nil, nil, false, false, nil, nil
 	r.asked, r.whole, r.body, r.lost, r.Elsewhere = false, false, nil, 0, false
 }
 

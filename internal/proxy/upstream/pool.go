@@ -5,7 +5,10 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"tako/internal/proxy/eventloop"
 )
 
 // The limits of a pool. How many connections it has at once is its user's to
@@ -17,6 +20,10 @@ const (
 	// theirs after 5 s: ours goes first.
 	IdleTime = 4 * time.Second
 )
+
+// loopShards is in how many stacks the idle connections of event loops are. What
+// is in that of another loop is taken before a connection is made.
+const loopShards = 16
 
 // A DialError says that no connection could be made: nothing of the request was
 // sent.
@@ -31,108 +38,156 @@ func (e *DialError) Unwrap() error { return e.Err }
 type Pool struct {
 	dial func(context.Context) (net.Conn, error)
 
-	mu      sync.Mutex
-	links   []*link // the idle ones, the one used last at the end
-	open    int     // idle ones, those in use and those being made
-	retired bool
+	shards  [1 + loopShards]shard // the first is of no loop
+	idle    atomic.Int64          // connections in shards
+	open    atomic.Int64          // those, those in use and those being made
+	retired atomic.Bool
+}
+
+// shard is a stack of idle connections.
+type shard struct {
+	mu    sync.Mutex
+	links []*link // the one used last at the end
+	_     [32]byte
 }
 
 // NewPool makes a pool that dials by dial, whose context ends after ConnectTime.
 func NewPool(dial func(context.Context) (net.Conn, error)) *Pool { return &Pool{dial: dial} }
 
-// get returns a connection for one exchange, and whether it was used before. Fresh
-// asks for one that was not.
-func (p *Pool) get(c *Cancel, now time.Time, fresh bool) (l *link, reused bool, err error) {
-	p.mu.Lock()
-	if n := len(p.links) - 1; n >= 0 && !fresh {
-		l := p.links[n]
-		if now.Sub(l.since) < IdleTime {
-			p.links[n] = nil
-			p.links = p.links[:n]
-			p.mu.Unlock()
-			return l, true, nil
+// shardOf is the shard of a task's loop, or of those who have none.
+func (p *Pool) shardOf(l *eventloop.Loop) int {
+	if l == nil {
+		return 0
+	}
+	return 1 + l.Index()%loopShards
+}
+
+// get returns a connection for one exchange of t's, and whether it was used before.
+// Fresh asks for one that was not.
+func (p *Pool) get(c *Cancel, t *eventloop.Task, now time.Time, fresh bool) (l *link, reused bool, err error) {
+	own := p.shardOf(t.Loop())
+	for i := 0; !fresh && i < len(p.shards) && p.idle.Load() > 0; i++ {
+		l := p.take((own+i)%len(p.shards), now)
+		if l == nil {
+			continue
 		}
-		p.expireLocked(now)
+		if err := l.settle(t); err != nil {
+			p.drop(l)
+			continue
+		}
+		return l, true, nil
 	}
-	p.open++
-	p.mu.Unlock()
-	ctx, cancel := context.WithTimeout(c.Context(), ConnectTime)
-	defer cancel()
-	conn, err := p.dial(ctx)
+	p.open.Add(1)
+	var conn net.Conn
+	t.Block(func() {
+		ctx, cancel := context.WithTimeout(c.Context(), ConnectTime)
+		defer cancel()
+		conn, err = p.dial(ctx)
+	})
 	if err == nil {
-		return newLink(conn, p), false, nil
+		l := newLink(conn, p)
+		if err = l.settle(t); err == nil {
+			return l, false, nil
+		}
+		_ = l.Close()
 	}
-	p.mu.Lock()
-	p.open--
-	p.mu.Unlock()
+	p.open.Add(-1)
 	if cause := c.Cause(); cause != nil {
 		return nil, false, cause
 	}
 	return nil, false, &DialError{Err: err}
 }
 
+// take takes the connection used last from a shard, and closes those that were idle
+// for too long.
+func (p *Pool) take(from int, now time.Time) *link {
+	s := &p.shards[from]
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.links) - 1
+	if n < 0 {
+		return nil
+	}
+	l := s.links[n]
+	if now.Sub(l.since) >= IdleTime {
+		p.expireLocked(s, now)
+		return nil
+	}
+	s.links[n] = nil
+	s.links = s.links[:n]
+	p.idle.Add(-1)
+	return l
+}
+
 // put takes back a connection that is fit for another exchange.
 func (p *Pool) put(l *link) {
 	l.since = time.Now()
-	p.mu.Lock()
-	if !p.retired {
-		p.links = append(p.links, l)
-		p.mu.Unlock()
+	var of *eventloop.Loop
+	if l.on != nil {
+		l.on.Own(nil)
+		of = l.on.Loop()
+	}
+	s := &p.shards[p.shardOf(of)]
+	s.mu.Lock()
+	if !p.retired.Load() {
+		s.links = append(s.links, l)
+		p.idle.Add(1)
+		s.mu.Unlock()
 		return
 	}
-	p.mu.Unlock()
+	s.mu.Unlock()
 	p.drop(l)
 }
 
 // drop closes a connection that is not to be used again.
 func (p *Pool) drop(l *link) {
 	_ = l.Close()
-	p.mu.Lock()
-	p.open--
-	p.mu.Unlock()
+	p.open.Add(-1)
 }
 
 // Sweep closes the connections that were idle for IdleTime.
 func (p *Pool) Sweep(now time.Time) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.expireLocked(now)
+	for i := range p.shards {
+		s := &p.shards[i]
+		s.mu.Lock()
+		p.expireLocked(s, now)
+		s.mu.Unlock()
+	}
 }
 
 // expireLocked closes those idle for too long, which stand first.
-func (p *Pool) expireLocked(now time.Time) {
+func (p *Pool) expireLocked(s *shard, now time.Time) {
 	n := 0
-	for n < len(p.links) && now.Sub(p.links[n].since) >= IdleTime {
-		_ = p.links[n].Close()
+	for n < len(s.links) && now.Sub(s.links[n].since) >= IdleTime {
 		n++
 	}
-	p.links = slices.Delete(p.links, 0, n)
-	p.open -= n
+	p.closeLocked(s, n)
+}
+
+// closeLocked closes the first n.
+func (p *Pool) closeLocked(s *shard, n int) {
+	for _, l := range s.links[:n] {
+		_ = l.Close()
+	}
+	s.links = slices.Delete(s.links, 0, n)
+	p.idle.Add(-int64(n))
+	p.open.Add(-int64(n))
 }
 
 // Retire closes the idle connections and keeps no others from here on, until
 // Revive. Requests that come nevertheless are served.
 func (p *Pool) Retire() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.retired = true
-	for _, l := range p.links {
-		_ = l.Close()
+	p.retired.Store(true)
+	for i := range p.shards {
+		s := &p.shards[i]
+		s.mu.Lock()
+		p.closeLocked(s, len(s.links))
+		s.mu.Unlock()
 	}
-	p.open -= len(p.links)
-	p.links = nil
 }
 
 // Revive takes Retire back.
-func (p *Pool) Revive() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.retired = false
-}
+func (p *Pool) Revive() { p.retired.Store(false) }
 
 // Conns returns how many connections there are, and how many of them are idle.
-func (p *Pool) Conns() (open, idle int) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.open, len(p.links)
-}
+func (p *Pool) Conns() (open, idle int) { return int(p.open.Load()), int(p.idle.Load()) }

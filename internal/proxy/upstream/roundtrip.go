@@ -37,7 +37,7 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in.open(c, r)
 	for fresh := false; ; {
 		now := time.Now()
-		l, reused, err := p.get(c, now, fresh)
+		l, reused, err := p.get(c, r.Task, now, fresh)
 		if err != nil {
 			return nil, err
 		}

@@ -451,10 +451,12 @@ func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 				if _, _, err := ask(t, p, outgoing("GET")); err != nil {
 					t.Fatal(err)
 				}
-				links = append(links, p.links...)
-				p.links = nil
+				l := p.take(0, time.Now())
+				links = append(links, l)
 			}
-			p.links = links
+			for _, l := range links {
+				p.put(l)
+			}
 			close(end)
 			waitReadable(p)
 			if _, _, err := askSoon(t, p, test.req()); err != nil || conns.Load() != 3 || seen.Load() != 3 {
@@ -467,12 +469,12 @@ func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 // waitReadable waits until all idle connections have something to be read; they
 // have been idle for no time then.
 func waitReadable(p *Pool) {
-	for _, l := range p.links {
+	for _, l := range p.shards[0].links {
 		for l.silent() {
 			time.Sleep(time.Millisecond)
 		}
 	}
-	for _, l := range p.links {
+	for _, l := range p.shards[0].links {
 		l.since = time.Now()
 	}
 }
@@ -1297,7 +1299,7 @@ func TestSilentSocketTimesOut(t *testing.T) {
 		if _, _, err := ask(t, p, outgoing("GET")); err != nil {
 			t.Fatal(err)
 		}
-		l := p.links[0]
+		l := p.shards[0].links[0]
 		l.due = time.Now().Add(time.Hour) // so that it is not set anew
 		if err := l.SetDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
 			t.Fatal(err)
