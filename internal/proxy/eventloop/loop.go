@@ -28,6 +28,7 @@ type Group struct {
 	loops []*Loop
 	next  atomic.Uint32
 	table []atomic.Pointer[Conn] // by descriptor; of all loops
+	over  atomic.Bool
 }
 
 // NewGroup starts n loops. Close ends them.
@@ -49,8 +50,10 @@ func NewGroup(n int) (*Group, error) {
 }
 
 // Close ends the loops once they have no connections, or that long after it was
-// called, and waits for that. Whoever still needs a loop then waits for ever.
+// called, and waits for that. Whoever still needs a loop then waits for ever. From
+// the beginning of Close on there is no loop to Pick.
 func (g *Group) Close(within time.Duration) error {
+	g.over.Store(true)
 	for end := time.Now().Add(within); g.Conns() > 0 && time.Now().Before(end); {
 		time.Sleep(time.Millisecond)
 	}
@@ -60,7 +63,6 @@ func (g *Group) Close(within time.Duration) error {
 		<-l.ended
 		err = errors.Join(err, syscall.Close(l.ep), syscall.Close(l.bell))
 	}
-	g.loops = nil
 	return err
 }
 
@@ -96,7 +98,7 @@ func (g *Group) Turns() (n int64) {
 // Pick returns the loop for another connection: in turn, but never one with many
 // more than another. It returns nil if there are none.
 func (g *Group) Pick() *Loop {
-	if g.Len() == 0 {
+	if g.Len() == 0 || g.over.Load() {
 		return nil
 	}
 	best := g.loops[int(g.next.Add(1))%len(g.loops)]
