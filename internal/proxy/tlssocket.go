@@ -7,6 +7,7 @@ import (
 	"unsafe"
 
 	"tako/internal/proxy/eventloop"
+	"tako/internal/proxy/h1"
 )
 
 // tlsSocket is the connection beneath TLS. Its reads and writes do not announce
@@ -19,6 +20,8 @@ type tlsSocket struct {
 	net.Conn
 	tcp *net.TCPConn    // Conn, or nil on a loop
 	raw syscall.RawConn // of tcp
+
+	held bool // nothing is read
 
 	readFn, writeFn   func(fd uintptr) bool
 	in, out           []byte
@@ -54,6 +57,9 @@ func (s *tlsSocket) Adopt(l *eventloop.Loop) (*eventloop.Conn, error) {
 	return on, nil
 }
 
+// Hold implements h1.Adoptee.
+func (s *tlsSocket) Hold(held bool) { s.held = held }
+
 // CloseWrite ends our half of the connection.
 func (s *tlsSocket) CloseWrite() error {
 	return s.Conn.(interface{ CloseWrite() error }).CloseWrite() // both have it
@@ -63,6 +69,9 @@ func (s *tlsSocket) CloseWrite() error {
 func (s *tlsSocket) Read(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
+	}
+	if s.held {
+		return 0, h1.ErrHeld
 	}
 	if s.tcp == nil {
 		return s.Conn.Read(b)

@@ -88,7 +88,19 @@ type Adoptee interface {
 	// Adopt moves it there. Nobody reads or writes meanwhile. On an error it is as it
 	// was; without one it uses what is returned, and what it used before is closed.
 	Adopt(l *eventloop.Loop) (*eventloop.Conn, error)
+	// Hold has Read fail at once with ErrHeld, whatever there is to be read, or takes
+	// that back. It is called by the one who reads.
+	Hold(held bool)
 }
+
+// ErrHeld is Adoptee.Hold's. It is temporary, so TLS reads on after it.
+var ErrHeld net.Error = errHeld{}
+
+type errHeld struct{}
+
+func (errHeld) Error() string   { return "nothing is read now" }
+func (errHeld) Timeout() bool   { return false }
+func (errHeld) Temporary() bool { return true }
 
 func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn {
 	c := &conn{srv: s, client: client, nc: nc, ended: ended}
@@ -130,6 +142,10 @@ func isTimeout(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 // serve answers requests until the connection ends, or waits for its next one on a
 // loop.
 func (c *conn) serve() {
+	after := cmp.Or(c.srv.loopAfter, LoopAfter)
+	if after < 0 && !c.has() && c.adopt() {
+		return
+	}
 	for turns := 0; ; {
 		switch c.turn() {
 		case over:
@@ -138,9 +154,9 @@ func (c *conn) serve() {
 		case answered:
 			turns++
 		case unasked:
-			turns = loopAfter
+			turns = after
 		}
-		if turns >= loopAfter && c.adopt() {
+		if turns >= after && c.adopt() {
 			return
 		}
 	}
@@ -157,6 +173,25 @@ func (c *conn) Start(t *eventloop.Task) {
 	}
 	c.task = nil
 	c.loop.Idle(c)
+}
+
+// has reports whether TLS has something of the next request already, which is in in
+// then, or the connection's end: what a socket that is waited for on a loop will not
+// tell.
+func (c *conn) has() bool {
+	if c.under == nil || c.stays || c.srv.Loops.Len() == 0 {
+		return false
+	}
+	c.under.Hold(true)
+	defer c.under.Hold(false)
+	c.in = Get(SmallBuffer)
+	n, err := c.nc.Read(c.in.B)
+	c.r, c.w = 0, n
+	if n == 0 {
+		Put(c.in)
+		c.in = nil
+	}
+	return n > 0 || err != ErrHeld //nolint:errorlint // TLS returns it bare
 }
 
 // adopt moves a connection that waits for its next request to a loop, from where
@@ -220,11 +255,16 @@ func (c *conn) turn() outcome {
 			return over
 		}
 		if b := c.in.B[c.r:c.w]; len(b) == 0 || string(b) == "\r\n" { // which old clients send after a body
-			break
+			if c.release(); !c.has() {
+				break
+			}
+			if c.in == nil {
+				return over
+			}
+			c.x = exchanges.Get().(*exchange)
 		}
 		c.phase.store(head, c.srv.clock.Load())
 	}
-	c.release()
 	// Even if the server drains since: its answer has promised to read on.
 	c.phase.store(idle, c.srv.clock.Load())
 	return answered
@@ -337,6 +377,9 @@ func (c *conn) wait() error {
 			return err
 		}
 		return c.waitErr
+	}
+	if c.r < c.w { // by has
+		return nil
 	}
 	c.r, c.w = 0, 0
 	// On a loop something has come already.

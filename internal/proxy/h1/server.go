@@ -20,9 +20,9 @@ const (
 	// GoneTime is the age of an exchange from which it is looked at whether its
 	// client is still there.
 	GoneTime = time.Second
-	// loopAfter is how many requests a connection brings before it goes to a loop: one
+	// LoopAfter is how many requests a connection brings before it goes to a loop: one
 	// that brings a single request, as many do, would pay for nothing.
-	loopAfter = 2
+	LoopAfter = 2
 	// shutdownTime is how often Shutdown looks for connections that have come to wait.
 	shutdownTime = 10 * time.Millisecond
 	// sweepTime is how often all connections are looked at, at most.
@@ -43,9 +43,11 @@ type Server struct {
 	// the exchange, and may wait only as tasks may.
 	Loops *eventloop.Group
 
-	// Of tests; 0 is GoneTime and LazyConns.
+	// Of tests; 0 is GoneTime, LazyConns and LoopAfter, which is from the beginning on
+	// if it is negative.
 	goneTime  time.Duration
 	lazyConns int64
+	loopAfter int
 
 	draining atomic.Bool
 	// clock counts nanoseconds, as far as the sweeps have seen them pass; 0 is no

@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/big"
@@ -27,14 +28,80 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"go.uber.org/goleak"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/proxy/message"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// loops serve all connections in the second run of the tests.
+var loops *eventloop.Group
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(twice{m}) }
+
+// twice runs the tests once with a goroutine for each connection and once on event
+// loops.
+type twice struct{ *testing.M }
+
+func (m twice) Run() int {
+	code := m.M.Run()
+	for _, name := range []string{"test.bench", "test.fuzz", "test.list"} {
+		if flag.Lookup(name).Value.String() != "" {
+			return code
+		}
+	}
+	if code != 0 {
+		return code
+	}
+	var err error
+	if loops, err = eventloop.NewGroup(2); err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	fmt.Println("again, on event loops")
+	code = m.M.Run()
+	if err := loops.Close(10 * time.Second); err != nil || loops.Conns() > 0 {
+		fmt.Println(loops.Conns(), "connections are left on the loops:", err)
+		return 1
+	}
+	return code
+}
 
 type handlerFunc func(x message.Exchange)
 
-func (f handlerFunc) Handle(x message.Exchange) { f(x) }
+// Handle leaves the loop: handlers of tests wait for other things than connections.
+func (f handlerFunc) Handle(x message.Exchange) {
+	x.(*conn).Task().Detach()
+	f(x)
+}
+
+// attached is a handler that waits for nothing but connections.
+type attached func(x message.Exchange)
+
+func (f attached) Handle(x message.Exchange) { f(x) }
+
+// beneath is a connection beneath TLS.
+type beneath struct {
+	net.Conn
+	held bool
+}
+
+func (b *beneath) Hold(held bool) { b.held = held }
+
+func (b *beneath) Read(p []byte) (int, error) {
+	if b.held {
+		return 0, ErrHeld
+	}
+	return b.Conn.Read(p)
+}
+
+func (b *beneath) NetConn() net.Conn { return b.Conn }
+
+func (b *beneath) Adopt(l *eventloop.Loop) (*eventloop.Conn, error) {
+	on, err := l.Adopt(b.Conn)
+	if err == nil {
+		b.Conn = on
+	}
+	return on, err
+}
 
 // say answers with a body of known length.
 func say(x message.Exchange, status int, body string) error {
@@ -115,6 +182,9 @@ func start(t testing.TB, network string, of *Server, secure *tls.Config) *server
 	if err != nil {
 		t.Fatal(err)
 	}
+	if loops != nil {
+		of.Loops, of.loopAfter = loops, -1
+	}
 	s := &server{Server: of, t: t, l: ln, tls: secure}
 	s.refs.Go(func() {
 		for {
@@ -122,17 +192,19 @@ func start(t testing.TB, network string, of *Server, secure *tls.Config) *server
 			if err != nil {
 				return
 			}
-			s.refs.Go(func() {
+			s.refs.Add(1)
+			go func() {
 				if secure != nil {
-					tc := tls.Server(nc, secure)
+					tc := tls.Server(&beneath{Conn: nc}, secure)
 					if tc.Handshake() != nil {
 						_ = nc.Close()
+						s.refs.Done()
 						return
 					}
 					nc = tc
 				}
-				s.Serve(nc, &message.Client{Secure: secure != nil}, nil)
-			})
+				s.Serve(nc, &message.Client{Secure: secure != nil}, s.refs.Done)
+			}()
 		}
 	})
 	t.Cleanup(func() {
@@ -211,6 +283,11 @@ func (c *client) ends() {
 
 // everywhere runs the test on TCP, a Unix socket, and TLS.
 func everywhere(t *testing.T, l message.Limits, h handlerFunc, test func(t *testing.T, s *server)) {
+	t.Helper()
+	everywhereBy(t, l, h, test)
+}
+
+func everywhereBy(t *testing.T, l message.Limits, h message.Handler, test func(t *testing.T, s *server)) {
 	t.Helper()
 	for _, kind := range []string{"tcp", "unix", "tls"} {
 		t.Run(kind, func(t *testing.T) {
