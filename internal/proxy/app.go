@@ -657,8 +657,8 @@ func (a *app) grant() {
 // begin and end count a request of the app, whatever becomes of it.
 func (a *app) begin() { a.active.Add(1) }
 
-func (a *app) end() {
-	a.ended.Store(time.Now().UnixNano())
+func (a *app) end(now time.Time) {
+	a.ended.Store(now.UnixNano())
 	a.active.Add(-1)
 }
 

@@ -161,7 +161,7 @@ func (fl *flight) end() {
 	if fl.inst != nil {
 		fl.inst.finished.Add(1)
 	}
-	fl.app.end()
+	fl.app.end(fl.out.Task.Now())
 	count := &f.requests
 	if fl.stream {
 		count = &f.streams

@@ -21,7 +21,8 @@ type tlsSocket struct {
 	tcp *net.TCPConn    // Conn, or nil on a loop
 	raw syscall.RawConn // of tcp
 
-	held bool // nothing is read
+	held    bool // nothing is read
+	records records
 
 	readFn, writeFn   func(fd uintptr) bool
 	in, out           []byte
@@ -67,6 +68,41 @@ func (s *tlsSocket) CloseWrite() error {
 
 // Read reads what has come, or waits for it.
 func (s *tlsSocket) Read(b []byte) (int, error) {
+	n, err := s.readSome(b)
+	s.records.see(b[:n])
+	return n, err
+}
+
+// records follows the records of what is read.
+type records struct {
+	head  [5]byte // of the one under way
+	got   int     // bytes of head
+	left  int     // bytes of the record after its head
+	whole int     // how many ended in what was read last
+}
+
+func (r *records) see(b []byte) {
+	r.whole = 0
+	for len(b) > 0 {
+		if r.left == 0 {
+			n := copy(r.head[r.got:], b)
+			r.got, b = r.got+n, b[n:]
+			if r.got < len(r.head) {
+				return
+			}
+			r.got, r.left = 0, int(r.head[3])<<8|int(r.head[4])
+		}
+		n := min(r.left, len(b))
+		if r.left, b = r.left-n, b[n:]; r.left == 0 {
+			r.whole++
+		}
+	}
+}
+
+// Ahead implements h1.Adoptee: TLS reads when it has no whole record, and uses one.
+func (s *tlsSocket) Ahead() bool { return s.records.whole > 1 }
+
+func (s *tlsSocket) readSome(b []byte) (int, error) {
 	if len(b) == 0 {
 		return 0, nil
 	}

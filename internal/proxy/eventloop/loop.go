@@ -28,6 +28,7 @@ type Group struct {
 	loops []*Loop
 	next  atomic.Uint32
 	table []atomic.Pointer[Conn] // by descriptor; of all loops
+	gen   atomic.Int32           // of the Conn that joined last
 	over  atomic.Bool
 }
 
@@ -125,6 +126,7 @@ type Loop struct {
 	posted []job // guarded by mu
 
 	// Of the loop's goroutine.
+	clock  time.Time // of the last look
 	due    []job
 	spare  []*Task
 	events [maxEvents]unix.EpollEvent
@@ -176,6 +178,7 @@ func (l *Loop) take() bool {
 // run is the loop.
 func (l *Loop) run() {
 	defer close(l.ended)
+	l.clock = time.Now()
 	for {
 		// What is posted meanwhile is done after the next look at the connections.
 		for i, busy := 0, l.take(); busy && i < len(l.due); i++ {
@@ -194,12 +197,14 @@ func (l *Loop) run() {
 			}
 		}
 		l.due = l.due[:0]
-		for _, ev := range l.events[:l.poll()] {
+		n := l.poll()
+		l.clock = time.Now()
+		for _, ev := range l.events[:n] {
 			if int(ev.Fd) == l.bell {
 				continue // it was rung for what take finds
 			}
 			if c := l.group.table[ev.Fd].Load(); c != nil {
-				c.happened(l, ev.Events)
+				c.happened(l, ev.Events, ev.Pad)
 			}
 		}
 	}
@@ -207,20 +212,18 @@ func (l *Loop) run() {
 
 // poll waits for events, unless something is posted, and returns how many there are.
 func (l *Loop) poll() int {
-	// First without telling the scheduler. A busy loop need not, and shortSleep is no
-	// longer than the scheduler would leave it its place anyway.
-	if n := l.wait(&unix.Timespec{}); n > 0 {
-		return n
-	}
 	l.asleep.Store(true)
 	defer l.asleep.Store(false)
 	l.mu.Lock()
 	due := len(l.posted) > 0
 	l.mu.Unlock()
+	// First without telling the scheduler. A busy loop need not, and shortSleep is no
+	// longer than the scheduler would leave it its place anyway.
+	long := unix.Timespec{Nsec: int64(shortSleep)}
 	if due {
-		return 0
+		long.Nsec = 0
 	}
-	if n := l.wait(&unix.Timespec{Nsec: int64(shortSleep)}); n > 0 {
+	if n := l.wait(&long); n > 0 || due {
 		return n
 	}
 	forever := -1

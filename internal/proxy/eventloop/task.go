@@ -1,6 +1,9 @@
 package eventloop
 
-import "iter"
+import (
+	"iter"
+	"time"
+)
 
 // A Starter is what a loop begins when a Conn that was left idle has something to
 // read, has ended, or has come to its deadline.
@@ -57,6 +60,15 @@ func (t *Task) Loop() *Loop {
 		return nil
 	}
 	return t.loop
+}
+
+// Now returns the time: on a loop that of its last look at its connections, which
+// costs nothing.
+func (t *Task) Now() time.Time {
+	if t.Attached() {
+		return t.loop.clock
+	}
+	return time.Now()
 }
 
 // Attached reports whether the task runs on its loop: then it must not wait but by

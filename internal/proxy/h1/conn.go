@@ -44,8 +44,9 @@ type conn struct {
 
 	// What has come and is not used yet is in.B[r:w]. Of the goroutine that reads:
 	// the own one, or that of ReadBody during an exchange.
-	in   *Buffer
-	r, w int
+	in     *Buffer
+	r, w   int
+	filled bool // the last read had no room left
 	x    *exchange
 
 	waitFn  func(uintptr) bool // reads into a new in
@@ -91,6 +92,9 @@ type Adoptee interface {
 	// Hold has Read fail at once with ErrHeld, whatever there is to be read, or takes
 	// that back. It is called by the one who reads.
 	Hold(held bool)
+	// Ahead reports whether what was read last may have held more than what was asked
+	// for: more than one record.
+	Ahead() bool
 }
 
 // ErrHeld is Adoptee.Hold's. It is temporary, so TLS reads on after it.
@@ -179,13 +183,13 @@ func (c *conn) Start(t *eventloop.Task) {
 // then, or the connection's end: what a socket that is waited for on a loop will not
 // tell.
 func (c *conn) has() bool {
-	if c.under == nil || c.stays || c.srv.Loops.Len() == 0 {
+	if c.under == nil || c.stays || c.srv.Loops.Len() == 0 || !c.filled && !c.under.Ahead() {
 		return false
 	}
 	c.under.Hold(true)
 	defer c.under.Hold(false)
 	c.in = Get(SmallBuffer)
-	n, err := c.nc.Read(c.in.B)
+	n, err := c.read(c.in.B)
 	c.r, c.w = 0, n
 	if n == 0 {
 		Put(c.in)
@@ -391,17 +395,26 @@ func (c *conn) wait() error {
 		c.in = Get(SmallBuffer)
 		c.in.B[0] = c.one[0]
 		c.w = 1
+		c.filled = true
 		return nil
 	}
 	if c.in == nil {
 		c.in = Get(SmallBuffer)
 	}
-	n, err := c.nc.Read(c.in.B)
+	n, err := c.read(c.in.B)
 	c.w = n
 	if n > 0 {
 		return nil
 	}
 	return err
+}
+
+// read reads from the connection, and notes whether it had more than there was room
+// for.
+func (c *conn) read(p []byte) (int, error) {
+	n, err := c.nc.Read(p)
+	c.filled = n == len(p)
+	return n, err
 }
 
 // tryRead reads into a buffer that it takes only if there is something, and
@@ -466,7 +479,7 @@ func (c *conn) readHead() bool {
 			tried = len(b)
 		}
 		c.makeRoom()
-		n, err := c.nc.Read(c.in.B[c.w:])
+		n, err := c.read(c.in.B[c.w:])
 		if c.w += n; n > 0 {
 			continue
 		}

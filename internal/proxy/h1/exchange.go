@@ -256,7 +256,7 @@ func (c *conn) readMore(p []byte) (int, error) {
 			c.reading.Store(0)
 			return 0, errStopped
 		}
-		n, err := c.nc.Read(p)
+		n, err := c.read(p)
 		c.reading.Store(0)
 		c.bodyWaited.Add(c.srv.clock.Load() - began)
 		c.bodyBytes.Add(int64(n))

@@ -86,6 +86,9 @@ type beneath struct {
 
 func (b *beneath) Hold(held bool) { b.held = held }
 
+// Ahead does not know.
+func (b *beneath) Ahead() bool { return true }
+
 func (b *beneath) Read(p []byte) (int, error) {
 	if b.held {
 		return 0, ErrHeld

@@ -256,7 +256,7 @@ func (in *Incoming) release(whole bool) {
 	in.l = nil
 	fit := whole && in.s.settled() && !in.head.Close && !in.surplus && (!in.unsure || l.silent())
 	if in.c.detach() && fit {
-		l.pool.put(l)
+		l.pool.put(l, in.out.Task.Now())
 		return
 	}
 	l.pool.drop(l)

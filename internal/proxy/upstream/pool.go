@@ -120,8 +120,8 @@ func (p *Pool) take(from int, now time.Time) *link {
 }
 
 // put takes back a connection that is fit for another exchange.
-func (p *Pool) put(l *link) {
-	l.since = time.Now()
+func (p *Pool) put(l *link, now time.Time) {
+	l.since = now
 	var of *eventloop.Loop
 	if l.on != nil {
 		l.on.Own(nil)

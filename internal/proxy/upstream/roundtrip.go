@@ -36,7 +36,7 @@ func (p *Pool) RoundTrip(c *Cancel, r *Outgoing) (*Incoming, error) {
 	in := &r.in
 	in.open(c, r)
 	for fresh := false; ; {
-		now := time.Now()
+		now := r.Task.Now()
 		l, reused, err := p.get(c, r.Task, now, fresh)
 		if err != nil {
 			return nil, err

@@ -455,7 +455,7 @@ func TestStaleLinksAreSeenBeforeTheyAreUsed(t *testing.T) {
 				links = append(links, l)
 			}
 			for _, l := range links {
-				p.put(l)
+				p.put(l, time.Now())
 			}
 			close(end)
 			waitReadable(p)
