@@ -531,6 +531,16 @@ func (p *process) allTraffic() []wire.AppTraffic {
 	return all
 }
 
+// busier says, by the turns of loops in TrafficEvery, whether they are busy, and
+// reports whether that is news. They are till they have half as many.
+func busier(busy *bool, turns int64) bool {
+	const most = BusyTurns * int64(TrafficEvery/time.Second)
+	is := turns > most || *busy && turns > most/2
+	news := is != *busy
+	*busy = is
+	return news
+}
+
 // report tells the master of traffic, and has every pool close what is idle for
 // too long, until ctx ends.
 func (p *process) report(ctx context.Context) {
@@ -549,9 +559,8 @@ func (p *process) report(ctx context.Context) {
 		case <-tick.C:
 		}
 		now := p.loops.Turns()
-		if is := now-turns > BusyTurns*int64(TrafficEvery)/int64(time.Second); is != busy && p.cfg.Busy != nil {
-			busy = is
-			p.cfg.Busy(is)
+		if p.cfg.Busy != nil && busier(&busy, now-turns) {
+			p.cfg.Busy(busy)
 		}
 		turns = now
 		if p.retell.Swap(false) {

@@ -1,6 +1,7 @@
 package eventloop
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"sync"
@@ -162,15 +163,18 @@ func (l *Loop) post(j job) {
 	l.posted = append(l.posted, j)
 	l.mu.Unlock()
 	if l.asleep.Swap(false) {
-		one := [8]byte{1} // in the order of bytes of this machine or not: it is not 0
-		_, _ = syscall.Write(l.bell, one[:])
+		var one [8]byte
+		binary.NativeEndian.PutUint64(one[:], 1)
+		_, _ = syscall.Write(l.bell, one[:]) // nobody has to read it: it counts to more than there is time for
 	}
 }
 
 // take moves what was posted to due, and reports whether there is something to do.
 func (l *Loop) take() bool {
 	l.mu.Lock()
-	l.due, l.posted = append(l.due, l.posted...), l.posted[:0]
+	l.due = append(l.due, l.posted...)
+	clear(l.posted)
+	l.posted = l.posted[:0]
 	l.mu.Unlock()
 	return len(l.due) > 0
 }

@@ -1,6 +1,8 @@
 package eventloop
 
 import (
+	"errors"
+	"fmt"
 	"io"
 	"os"
 	"syscall"
@@ -20,6 +22,9 @@ type pipe struct{ r, w int }
 
 var pipes = make(chan pipe, maxPipes)
 
+// ErrNoPipe says that there is no pipe to move bytes through: nothing was moved.
+var ErrNoPipe = errors.New("no pipe")
+
 func getPipe() (pipe, error) {
 	select {
 	case p := <-pipes:
@@ -28,7 +33,7 @@ func getPipe() (pipe, error) {
 	}
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_NONBLOCK|unix.O_CLOEXEC); err != nil {
-		return pipe{}, os.NewSyscallError("pipe2", err)
+		return pipe{}, fmt.Errorf("%w: %w", ErrNoPipe, err)
 	}
 	_, _ = unix.FcntlInt(uintptr(fds[0]), unix.F_SETPIPE_SZ, pipeSize) // a smaller one does as well
 	return pipe{fds[0], fds[1]}, nil
@@ -48,7 +53,7 @@ func (p pipe) put(empty bool) {
 }
 
 // Splice moves n bytes from src to c within the kernel. It returns how many were
-// moved, and io.ErrUnexpectedEOF if src has ended before. The goroutine is the one
+// moved, and io.ErrUnexpectedEOF if src has ended before, or ErrNoPipe. The goroutine is the one
 // that reads src and writes c.
 func (c *Conn) Splice(src *Conn, n int64) (moved int64, err error) {
 	p, err := getPipe()

@@ -235,6 +235,7 @@ func (c *conn) adopt() bool {
 		_ = on.SetDeadline(past) // which was meant for the old one
 	}
 	c.mu.Unlock()
+	c.release() // what a wait in vain had
 	on.Idle(c)
 	return true
 }

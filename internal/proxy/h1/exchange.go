@@ -584,7 +584,9 @@ func (c *conn) splice(src net.Conn, n int64) (int64, error) {
 	if c.loop == nil {
 		to = c.tcp
 	} else if on, ok := src.(*eventloop.Conn); ok {
-		return c.loop.Splice(on, n)
+		if moved, err := c.loop.Splice(on, n); !errors.Is(err, eventloop.ErrNoPipe) {
+			return moved, err
+		}
 	}
 	x := c.x
 	x.limited = io.LimitedReader{R: src, N: n}
@@ -672,6 +674,7 @@ func (c *conn) Tunnel() (message.Stream, error) {
 	x.leaveOut()
 	x.tunnel = true
 	c.phase.store(tunneling, c.srv.clock.Load())
+	c.rearm() // a deadline may have been meant for one that waits
 	return (*stream)(c), nil
 }
 
