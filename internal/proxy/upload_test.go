@@ -90,13 +90,15 @@ func TestSlowUploadsLeaveRoomForOthers(t *testing.T) {
 // An upload that has come whole is one no more, though its answer takes long.
 func TestUploadThatHasComeLeavesItsPlace(t *testing.T) {
 	m := serving(t)
-	came, goOn := make(chan int, 10), make(chan struct{})
+	begun, came, goOn := make(chan bool, 10), make(chan int, 10), make(chan struct{})
 	m.app(wire.App{PlainHTTP: true, MaxInFlight: 2, Instances: []wire.Upstream{served(t, func(_ http.ResponseWriter, r *http.Request) {
+		begun <- true
 		n, _ := io.Copy(io.Discard, r.Body)
 		came <- int(n)
 		<-goOn
 	})}})
 	c, br := m.begin(slowUpload + "x")
+	<-begun // so that it is not the one that waits
 	_, br2 := m.begin(slowUpload + "x")
 	m.settled(1)
 	_, err := c.Write(make([]byte, 999))
