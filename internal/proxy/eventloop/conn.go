@@ -19,6 +19,7 @@ import (
 type Conn struct {
 	fd            int
 	loop          *Loop // guarded by both mu
+	gen           int32 // guarded by both mu: of its being in loop, unlike any other's for long
 	stream        bool  // of TCP: a short read has emptied it
 	local, remote net.Addr
 	owner         *Task // whose reads and writes park it while it is attached
@@ -82,9 +83,9 @@ func (c *Conn) join(l *Loop) error {
 	if c.fd >= len(l.group.table) {
 		return fmt.Errorf("descriptor %d is larger than a loop takes", c.fd)
 	}
-	c.loop, c.rd.dry = l, c.stream
+	c.loop, c.gen, c.rd.dry = l, l.group.gen.Add(1), c.stream
 	l.group.table[c.fd].Store(c)
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(c.fd)} //nolint:gosec // a descriptor
+	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(c.fd), Pad: c.gen} //nolint:gosec // a descriptor
 	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, c.fd, &ev); err != nil {
 		l.group.table[c.fd].Store(nil)
 		return fmt.Errorf("a connection in epoll: %w", err)
@@ -93,7 +94,8 @@ func (c *Conn) join(l *Loop) error {
 	return nil
 }
 
-// Move makes c, which nobody waits for, one of another loop.
+// Move makes c, which nobody waits for, one of another loop. With an error it is of
+// no use but to be closed.
 func (c *Conn) Move(to *Loop) error {
 	c.rd.mu.Lock()
 	defer c.rd.mu.Unlock()
@@ -109,7 +111,11 @@ func (c *Conn) Move(to *Loop) error {
 		return fmt.Errorf("a connection out of epoll: %w", err)
 	}
 	c.loop.conns.Add(-1)
-	return c.join(to)
+	if err := c.join(to); err != nil {
+		to.conns.Add(1) // Close takes one off
+		return err
+	}
+	return nil
 }
 
 // Loop returns the loop that c is in.
@@ -141,13 +147,19 @@ func (c *Conn) Idle(s Starter) {
 
 // readyLocked reports whether a reader need not wait.
 func (s *side) readyLocked() bool {
-	return s.note || !s.dry || s.ended || s.closed || s.expired
+	return !s.dry || s.ended || s.closed || s.expired // a note is of what has been seen since
 }
 
-// happened is what the epoll instance of l says, on its goroutine.
-func (c *Conn) happened(l *Loop, events uint32) {
+// happened is what the epoll instance of l says, on its goroutine. An event may be
+// of the connection that had the descriptor before, or of c in another loop: the
+// kernel had told it when that ended.
+func (c *Conn) happened(l *Loop, events uint32, gen int32) {
 	if events&(unix.EPOLLIN|unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0 {
 		c.rd.mu.Lock()
+		if c.gen != gen {
+			c.rd.mu.Unlock()
+			return
+		}
 		c.rd.dry = false
 		c.rd.ended = c.rd.ended || events&(unix.EPOLLRDHUP|unix.EPOLLHUP|unix.EPOLLERR) != 0
 		j, sleep := c.rd.awakeLocked()
@@ -158,7 +170,7 @@ func (c *Conn) happened(l *Loop, events uint32) {
 		c.wr.mu.Lock()
 		var j job
 		var sleep chan struct{}
-		if c.wr.want {
+		if c.wr.want && c.gen == gen {
 			c.wr.want = false
 			j, sleep = c.wr.awakeLocked()
 		}
@@ -369,6 +381,10 @@ func (c *Conn) Close() error {
 	if c.rd.closed {
 		return net.ErrClosed
 	}
+	return c.closeLocked()
+}
+
+func (c *Conn) closeLocked() error {
 	for _, s := range []*side{&c.rd, &c.wr} {
 		s.closed = true
 		s.setTimerLocked(nil)
@@ -470,20 +486,28 @@ func (s *side) setTimerLocked(t *time.Timer) {
 // Surrender makes c, which nobody waits for, a connection of package net again. C
 // is closed, whatever comes of it.
 func (c *Conn) Surrender() (net.Conn, error) {
-	fd := -1
-	var err error
-	if e := c.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 3) }); e != nil {
-		err = e
-	}
-	l := c.Loop()
-	if fd >= 0 { // the last descriptor takes a socket out of epoll, which c's is not
-		_ = unix.EpollCtl(l.ep, unix.EPOLL_CTL_DEL, c.fd, nil)
-	}
-	_ = c.Close()
+	fd, err := c.leave()
 	if err != nil {
 		return nil, fmt.Errorf("a descriptor off a loop: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "socket")
 	defer f.Close() // the connection has its own
 	return net.FileConn(f)
+}
+
+// leave closes c but for a descriptor that it returns, of the same socket.
+func (c *Conn) leave() (fd int, err error) {
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	c.wr.mu.Lock()
+	defer c.wr.mu.Unlock()
+	if c.rd.closed {
+		return -1, net.ErrClosed
+	}
+	if fd, err = unix.FcntlInt(uintptr(c.fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
+		// The last descriptor takes a socket out of epoll, which c's is not.
+		_ = unix.EpollCtl(c.loop.ep, unix.EPOLL_CTL_DEL, c.fd, nil)
+	}
+	_ = c.closeLocked()
+	return fd, err
 }
