@@ -47,7 +47,7 @@ type conn struct {
 	in     *Buffer
 	r, w   int
 	filled bool // the last read had no room left
-	x    *exchange
+	x      *exchange
 
 	waitFn  func(uintptr) bool // reads into a new in
 	waitErr error
