@@ -268,7 +268,7 @@ func (l *Loop) begin(s Starter) {
 func (l *Loop) resume(t *Task) {
 	t.next()
 	switch t.said {
-	case saidParked:
+	case saidParked, saidBack: // the second is drive's
 	case saidLeft:
 		go t.drive()
 	case saidDone:

@@ -98,13 +98,13 @@ type Adoptee interface {
 }
 
 // ErrHeld is Adoptee.Hold's. It is temporary, so TLS reads on after it.
-var ErrHeld net.Error = errHeld{}
+var ErrHeld net.Error = heldError{}
 
-type errHeld struct{}
+type heldError struct{}
 
-func (errHeld) Error() string   { return "nothing is read now" }
-func (errHeld) Timeout() bool   { return false }
-func (errHeld) Temporary() bool { return true }
+func (heldError) Error() string   { return "nothing is read now" }
+func (heldError) Timeout() bool   { return false }
+func (heldError) Temporary() bool { return true }
 
 func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn {
 	c := &conn{srv: s, client: client, nc: nc, ended: ended}

@@ -87,7 +87,7 @@ func (l *link) settle(t *eventloop.Task) error {
 		on, err := t.Loop().Adopt(l.Conn)
 		if err != nil {
 			t.Detach()
-			return nil
+			return nil //nolint:nilerr // it is used as it is
 		}
 		l.Conn, l.on, l.raw, l.step, l.due = on, on, nil, nil, time.Time{}
 	default:
