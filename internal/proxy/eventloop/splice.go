@@ -67,7 +67,7 @@ func (c *Conn) Splice(src *Conn, n int64) (moved int64, err error) {
 			return moved, err
 		}
 		for held > 0 {
-			m, err := c.empty(p, held, moved+int64(held) < n)
+			m, err := c.empty(p, held)
 			held -= m
 			moved += int64(m)
 			if err != nil {
@@ -109,12 +109,9 @@ func (c *Conn) fill(p pipe, n int64) (int, error) {
 	}
 }
 
-// empty moves what is held in a pipe to c, and returns how much it took at once.
-func (c *Conn) empty(p pipe, held int, more bool) (int, error) {
-	flags := spliceFlags
-	if more {
-		flags |= unix.SPLICE_F_MORE
-	}
+// empty moves what is held in a pipe to c, and returns how much it took at once. It
+// does not announce more: TCP would keep the last of it back for 200 ms.
+func (c *Conn) empty(p pipe, held int) (int, error) {
 	s := &c.wr
 	s.mu.Lock()
 	for {
@@ -122,7 +119,7 @@ func (c *Conn) empty(p pipe, held int, more bool) (int, error) {
 			s.mu.Unlock()
 			return 0, err
 		}
-		m, err := unix.Splice(p.r, nil, c.fd, nil, held, flags)
+		m, err := unix.Splice(p.r, nil, c.fd, nil, held, spliceFlags)
 		switch {
 		case err == syscall.EINTR: //nolint:errorlint // an Errno
 		case err == syscall.EAGAIN: //nolint:errorlint // an Errno
