@@ -320,7 +320,7 @@ func TestReadsWhileBytesCome(t *testing.T) {
 
 func TestWriteWaitsForRoom(t *testing.T) {
 	each(t, func(t *testing.T, network string) {
-		const size = 8 << 20 // more than both sockets hold
+		const size = bulk
 		g := newGroup(t, 1)
 		l := g.Pick()
 		c, other := onLoop(t, l, network)
@@ -400,7 +400,7 @@ func TestCloseWakesReaderAndWriter(t *testing.T) {
 }
 
 // bulk is more than two sockets hold.
-const bulk = 8 << 20
+const bulk = 4 << 20
 
 // parked returns once a reader and a writer of c are parked, by tasks of l or off
 // it. The results may be asked for after done.

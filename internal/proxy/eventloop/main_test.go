@@ -2,6 +2,7 @@ package eventloop
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"net"
@@ -83,6 +84,15 @@ func pair(tb testing.TB, network string) (a, b net.Conn) {
 		}
 	}
 	tb.Cleanup(func() { a.Close(); b.Close() })
+	for _, c := range []net.Conn{a, b} { // so that it is known what is too much for them
+		sized := c.(interface {
+			SetReadBuffer(bytes int) error
+			SetWriteBuffer(bytes int) error
+		})
+		if err := errors.Join(sized.SetReadBuffer(128<<10), sized.SetWriteBuffer(128<<10)); err != nil {
+			tb.Fatal(err)
+		}
+	}
 	return a, b
 }
 
