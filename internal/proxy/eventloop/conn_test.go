@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"regexp"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -701,6 +702,9 @@ func TestSurrenderLosesNothing(t *testing.T) {
 		defer nc.Close()
 		if n := descriptors(t, "socket"); n != before || g.Conns() != 0 || g.table[old].Load() != nil {
 			t.Errorf("%d sockets, %d before; %d connections", n, before, g.Conns())
+		}
+		if info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", l.ep)); err != nil || regexp.MustCompile(fmt.Sprintf(`tfd: +%d `, old)).Match(info) {
+			t.Errorf("the loop hears of it still: %v\n%s", err, info)
 		}
 		if _, err := c.Read(first); !errors.Is(err, net.ErrClosed) {
 			t.Errorf("the old one is not closed: %v", err)
