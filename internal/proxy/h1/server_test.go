@@ -1277,6 +1277,8 @@ func TestManyConnectionsOverTLSWaitWithoutABuffer(t *testing.T) {
 			t.Error("it has memory")
 		}
 	}
+	s.CloseIdle() // ordered after the look above, which the client's end is not
+	c.ends()
 }
 
 // A request that meets the end of its connection is answered or not, but never
