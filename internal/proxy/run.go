@@ -56,8 +56,9 @@ type Config struct {
 	Limits message.Limits
 	// Loops is the number of event loops; 0 is one for each processor.
 	Loops int
-	// Busy, if set, is told when the event loops begin to keep their places with the
-	// scheduler, and when they no longer do, BusyTurns times a second.
+	// Busy, if set, is told true when the event loops begin to keep their places with
+	// the scheduler more often than BusyTurns times a second, and false when it is less
+	// than half as often.
 	Busy func(bool)
 }
 

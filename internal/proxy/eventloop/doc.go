@@ -4,7 +4,7 @@
 // The work on a connection is written as if it could block. It runs as a Task, a
 // coroutine of the loop: where a Conn has nothing to read, or no room to write, the
 // task parks and the loop goes on with another one, without the scheduler. A
-// connection that waits for its next request has no task, hence no stack.
+// TCP connection that waits for its next request has no task, hence no stack.
 //
 // What a task does other than by its connections must not take long, since all of
 // the loop waits for it: Task.Block and Task.Detach take a task to a goroutine of

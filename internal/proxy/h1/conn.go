@@ -21,8 +21,8 @@ import (
 	"tako/internal/proxy/message"
 )
 
-// conn is one connection with a client, served by one goroutine. It is itself
-// the exchange of each of its requests in turn; what only an exchange needs is
+// conn is one connection with a client, served by one goroutine or, on a loop, by
+// one task at a time. It is itself the exchange of each of its requests in turn; what only an exchange needs is
 // in x, what only a message needs in in, and a connection that waits has neither.
 type conn struct {
 	srv    *Server
@@ -302,7 +302,8 @@ func (c *conn) end() {
 	}
 }
 
-// await waits for the first bytes of a request, which is an answered turn to be.
+// await waits for the first bytes of a request, and returns answered when they have
+// come: the turn goes on with them.
 func (c *conn) await() outcome {
 	for {
 		err := c.wait()

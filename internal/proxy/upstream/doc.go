@@ -11,7 +11,7 @@
 // the answer. A request is sent a second time only on a connection that had been
 // used before, that died without a byte of answer, and only if the method may be
 // repeated and nothing of the body was read that cannot be read again. An exchange
-// on a connection that was used before allocates nothing, and its goroutine parks
-// once. How a connection is made is the caller's matter, and so is which fields an
+// on a connection that was used before allocates nothing, and its goroutine,
+// or its task on an event loop, parks once. How a connection is made is the caller's matter, and so is which fields an
 // app may see.
 package upstream
