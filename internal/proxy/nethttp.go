@@ -286,7 +286,7 @@ func (x *httpExchange) linger() {
 	if !ended && x.began && !x.aborted && x.r.ProtoMajor == 1 {
 		x.StopBody()
 		_ = x.rc.Flush()
-		_, _ = io.CopyN(io.Discard, x.r.Body, x.f.limits.LingerBytes)
+		_, _ = io.CopyN(io.Discard, x.r.Body, x.f.limits.DrainBytes)
 	}
 }
 

@@ -540,30 +540,34 @@ func (c *conn) refuse(err error) {
 	c.phase.store(closing, c.srv.clock.Load())
 	c.mu.Unlock()
 	if c.write(b) == nil {
-		c.linger()
+		c.linger(c.srv.Limits.Linger)
 	}
 	c.drop(false)
 }
 
-// linger ends our half of the connection and reads a bit more of what comes, so
-// that it does not turn the answer into a reset connection.
-func (c *conn) linger() {
+// linger ends our half of the connection and reads, that long at most, what still
+// comes, so that it does not turn the answer into a reset connection.
+func (c *conn) linger(within time.Duration) {
 	c.phase.store(closing, c.srv.clock.Load())
 	sock := c.sock.Load()
 	if closeWrite(c.nc) != nil || c.secure() && closeWrite(sock.Conn) != nil {
 		return
 	}
-	_ = sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
-	if c.interrupted.Load() {
-		return
-	}
 	b := Get(OutBuffer)
 	defer Put(b)
-	for left := c.srv.Limits.LingerBytes; left > 0; {
-		n, err := sock.Read(b.B[:min(int64(len(b.B)), left)])
-		if left -= int64(n); err != nil {
+	wait := c.srv.Limits.Linger
+	for now := time.Now(); within > 0; now = time.Now() {
+		_ = sock.SetReadDeadline(now.Add(min(wait, within)))
+		if c.interrupted.Load() {
 			return
 		}
+		// What comes without a wait needs no new deadline for each piece.
+		for until := now.Add(wait / 4); time.Now().Before(until); {
+			if _, err := sock.Read(b.B); err != nil {
+				return
+			}
+		}
+		within -= time.Since(now)
 	}
 }
 
@@ -651,7 +655,7 @@ func (c *conn) exchange() bool {
 		return false
 	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW || c.pending()):
 		_ = c.sock.Load().SetReadDeadline(time.Time{})
-		c.linger()
+		c.linger(c.lingerTime())
 		c.drop(false)
 		return false
 	case x.closing:
@@ -660,6 +664,14 @@ func (c *conn) exchange() bool {
 	}
 	c.keepRest()
 	return true
+}
+
+// lingerTime is how long what comes after the last answer is read.
+func (c *conn) lingerTime() time.Duration {
+	if c.x.bodyDone.Load() || c.srv.draining.Load() {
+		return c.srv.Limits.Linger
+	}
+	return c.srv.Limits.LingerBody
 }
 
 // keepRest moves what came after a body to in.
@@ -688,7 +700,7 @@ func (c *conn) drain() bool {
 	c.late.Store(true) // that deadline is meant
 	b := Get(OutBuffer)
 	defer Put(b)
-	for left := c.srv.Limits.LingerBytes; left > 0; {
+	for left := c.srv.Limits.DrainBytes; left > 0; {
 		n, err := c.ReadBody(b.B[:min(int64(len(b.B)), left)])
 		left -= int64(n)
 		if err == io.EOF { //nolint:errorlint // ReadBody returns it bare

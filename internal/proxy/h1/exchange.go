@@ -402,7 +402,7 @@ func (c *conn) Begin(r *message.Response) error {
 	// A client that waits for a 100 may send its body or not, and one that has much
 	// to send would send it all before its next request.
 	unread := !x.bodyDone.Load()
-	x.closing = x.head.Close || c.srv.draining.Load() || unread && (x.waiting || x.head.Chunked || x.head.Length > c.srv.Limits.LingerBytes)
+	x.closing = x.head.Close || c.srv.draining.Load() || unread && (x.waiting || x.head.Chunked || x.head.Length > c.srv.Limits.DrainBytes)
 	x.waiting = false
 
 	b := AppendStatusLine(x.takeOut(sizeOf(r.Fields)+len(r.Upgrade)), r.Status)

@@ -702,13 +702,33 @@ func TestWhatLingersEnds(t *testing.T) {
 	c.want(200, "early")
 	c.ends()
 
+	// Bytes that go on and on do not hold it for longer than LingerBody.
 	l = limits()
-	l.Linger, l.LingerBytes = time.Hour, 1<<10
+	l.Linger, l.LingerBody = time.Hour, 50*time.Millisecond
 	s = serve(t, l, func(x message.Exchange) { _ = say(x, 200, "early") })
-	c = s.dial().send("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 100000\r\n\r\n")
+	c = s.dial().send("POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n")
 	c.want(200, "early")
-	_, _ = io.WriteString(c, strings.Repeat("x", 100_000)) // it may be reset
+	for err := error(nil); err == nil; {
+		_, err = io.WriteString(c, "1\r\nx\r\n")
+	}
 	until(t, "the connection has ended", func() bool { busy, idle := s.Count(); return busy+idle == 0 })
+}
+
+func TestClientThatReadsAfterItsBodyGetsItsAnswer(t *testing.T) {
+	everywhere(t, limits(), func(x message.Exchange) { _ = say(x, 413, "too large") }, func(t *testing.T, s *server) {
+		const size = 30_000_000 // more than the kernel holds between the two
+		c := s.dial().send(fmt.Sprintf("POST / HTTP/1.1\r\nHost: h\r\nContent-Length: %d\r\n\r\n", size))
+		piece := make([]byte, 100_000)
+		for range size / len(piece) {
+			if _, err := c.Write(piece); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if resp := c.want(413, "too large"); !resp.Close {
+			t.Errorf("%+v", resp)
+		}
+		c.ends()
+	})
 }
 
 func TestInterimAnswers(t *testing.T) {

@@ -300,7 +300,7 @@ func (c *conn) closeSending() {
 // linger reads what comes, and throws it away, until the client or the time ends
 // it: a close with unread bytes would take away what was sent last.
 func (c *conn) linger() {
-	for left := c.limits.LingerBytes; left > 0; {
+	for left := c.limits.DrainBytes; left > 0; {
 		n, err := c.nc.Read(c.buf)
 		if err != nil {
 			return

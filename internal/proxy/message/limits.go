@@ -17,10 +17,16 @@ type Limits struct {
 	BodyRate int
 	// Write bounds each write to a client that does not read.
 	Write time.Duration
-	// Linger and LingerBytes bound what is read, and thrown away, of a body that
-	// nobody wanted, so that the client gets to read its answer.
-	Linger      time.Duration
-	LingerBytes int64
+	// DrainBytes bounds what is read, and thrown away, of a body that nobody wanted, so
+	// that the connection can be used again.
+	DrainBytes int64
+	// Linger is how long a connection that ends is still read, its bytes thrown away, so
+	// that what was sent last is not lost in a reset: each wait for more bytes, and all
+	// of it unless LingerBody goes for it.
+	Linger time.Duration
+	// LingerBody bounds that where the client is still sending a body that nobody wanted:
+	// many clients read their answer only after it.
+	LingerBody time.Duration
 	// HalfOpen is how long an exchange goes on whose client has ended its own half
 	// of the connection: it may wait for its answer, or may have gone.
 	HalfOpen time.Duration
@@ -32,6 +38,6 @@ type Limits struct {
 func DefaultLimits() Limits {
 	return Limits{
 		Head: 10 * time.Second, Keep: 120 * time.Second, Body: 60 * time.Second, BodyRate: 512, Write: 60 * time.Second,
-		Linger: 500 * time.Millisecond, LingerBytes: 256 << 10, HalfOpen: 10 * time.Second, Streams: 100,
+		DrainBytes: 256 << 10, Linger: time.Second, LingerBody: 10 * time.Second, HalfOpen: 10 * time.Second, Streams: 100,
 	}
 }
