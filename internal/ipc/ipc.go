@@ -22,7 +22,9 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -94,17 +96,49 @@ func (r *Record) Discard() {
 	r.Files = nil
 }
 
+// A Socket is one end of the socketpair, as a Channel uses it: by system calls that
+// do not wait, so that the scheduler need not be told of them.
+type Socket interface {
+	syscall.RawConn
+	SetReadDeadline(t time.Time) error
+	SetWriteDeadline(t time.Time) error
+	Close() error
+}
+
+// connSocket is a Socket of package net's.
+type connSocket struct {
+	syscall.RawConn
+	conn *net.UnixConn
+}
+
+func (s connSocket) SetReadDeadline(t time.Time) error  { return s.conn.SetReadDeadline(t) }
+func (s connSocket) SetWriteDeadline(t time.Time) error { return s.conn.SetWriteDeadline(t) }
+func (s connSocket) Close() error                       { return s.conn.Close() }
+
+// ErrFull is TrySend's: the peer has yet to read what was sent before, or somebody
+// else is sending.
+var ErrFull = errors.New("there is no room in the channel for now")
+
 // A Channel is one end of the socketpair. Send may be called from any goroutine;
 // Receive from one at a time. Close may come twice and unblocks both.
 type Channel struct {
-	conn *net.UnixConn
+	conn Socket
 
 	sendMu  sync.Mutex
 	timeout time.Duration // guarded by sendMu: SendTimeout, or another patience
 	sendBuf []byte        // guarded by sendMu
 
-	recvBuf []byte // of the one receiver
+	// Of the one receiver.
+	recvBuf []byte
 	recvOOB []byte
+	recvFn  func(fd uintptr) bool // receive
+	got     received
+}
+
+// received is what the last recvmsg(2) has brought.
+type received struct {
+	n, oobn, flags int
+	errno          syscall.Errno
 }
 
 // Pair makes a connected pair: our Channel, and the other end for a child. The
@@ -150,13 +184,24 @@ func Open(fd FD) (*Channel, error) {
 		_ = conn.Close()
 		return nil, fmt.Errorf("channel: descriptor is a %T, not a Unix socket", conn)
 	}
-	return &Channel{
-		conn:    u,
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("channel: %w", err), u.Close())
+	}
+	return On(connSocket{raw, u}), nil
+}
+
+// On makes a Channel of a connected SOCK_SEQPACKET socket, which it owns from here on.
+func On(s Socket) *Channel {
+	c := &Channel{
+		conn:    s,
 		timeout: SendTimeout,
 		sendBuf: make([]byte, 0, HeaderSize+MaxInline),
 		recvBuf: make([]byte, HeaderSize+MaxInline), // more is cut, and flagged
 		recvOOB: make([]byte, unix.CmsgSpace((MaxFiles+1)*4)),
-	}, nil
+	}
+	c.recvFn = c.receive
+	return c
 }
 
 // Close ends the channel. The peer reads io.EOF after what was sent before.
@@ -177,12 +222,9 @@ func (c *Channel) SetSendTimeout(d time.Duration) {
 // Dup returns a duplicate of the channel's descriptor, close-on-exec, for the
 // caller to close: for the next image of this process to Open.
 func (c *Channel) Dup() (FD, error) {
-	raw, err := c.conn.SyscallConn()
-	if err != nil {
-		return 0, fmt.Errorf("duplicate a channel: %w", err)
-	}
 	var fd int
-	ctl := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) })
+	var err error
+	ctl := c.conn.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) })
 	if err := errors.Join(ctl, err); err != nil {
 		return 0, fmt.Errorf("duplicate a channel: %w", err)
 	}
@@ -224,21 +266,86 @@ func (c *Channel) Send(r Record) error {
 	putHeader(b, r.Kind, flags, len(files), r.ID)
 	b = append(b, body...)
 	c.sendBuf = b[:0]
-	var late time.Time
-	if c.timeout > 0 {
-		late = time.Now().Add(c.timeout)
+	errno, err := c.sendNow(b, oob) // as nearly always, there is room
+	if err == nil && errno == unix.EAGAIN {
+		var late time.Time
+		if c.timeout > 0 {
+			late = time.Now().Add(c.timeout)
+		}
+		if err = c.conn.SetWriteDeadline(late); err == nil {
+			err = c.conn.Write(func(fd uintptr) bool {
+				errno = send(fd, b, oob)
+				return errno != unix.EAGAIN
+			})
+		}
 	}
-	if err := c.conn.SetWriteDeadline(late); err != nil {
-		return fmt.Errorf("send kind %d: %w", r.Kind, err)
+	return sent(r.Kind, errno, err)
+}
+
+// TrySend is Send for a record without descriptors, of MaxInline bytes at most, that
+// never waits: it returns ErrFull instead.
+func (c *Channel) TrySend(r Record) error {
+	if len(r.Files) > 0 || len(r.Body) > MaxInline {
+		return fmt.Errorf("send kind %d: too much to be sent without waiting", r.Kind)
 	}
-	n, _, err := c.conn.WriteMsgUnix(b, oob, nil)
+	if !c.sendMu.TryLock() {
+		return ErrFull
+	}
+	defer c.sendMu.Unlock()
+	b := c.sendBuf[:HeaderSize]
+	putHeader(b, r.Kind, r.Flags&^Large, 0, r.ID)
+	b = append(b, r.Body...)
+	c.sendBuf = b[:0]
+	errno, err := c.sendNow(b, nil)
+	if err == nil && errno == unix.EAGAIN {
+		return ErrFull
+	}
+	return sent(r.Kind, errno, err)
+}
+
+// sent is the outcome of a sending.
+func sent(kind uint16, errno syscall.Errno, err error) error {
+	if err == nil && errno != 0 {
+		err = errno
+	}
 	if err != nil {
-		return fmt.Errorf("send kind %d: %w", r.Kind, err)
-	}
-	if n != len(b) {
-		return fmt.Errorf("send kind %d: wrote %d bytes of %d", r.Kind, n, len(b))
+		return fmt.Errorf("send kind %d: %w", kind, err)
 	}
 	return nil
+}
+
+// sendNow sends a datagram if there is room. Err is that of a closed channel.
+func (c *Channel) sendNow(b, oob []byte) (errno syscall.Errno, err error) {
+	err = c.conn.Control(func(fd uintptr) { errno = send(fd, b, oob) })
+	return errno, err
+}
+
+// send sends a datagram, or fails at once.
+func send(fd uintptr, b, oob []byte) syscall.Errno {
+	vec := unix.Iovec{Base: &b[0]}
+	vec.SetLen(len(b))
+	msg := unix.Msghdr{Iov: &vec, Iovlen: 1}
+	if len(oob) > 0 {
+		msg.Control = &oob[0]
+		msg.SetControllen(len(oob))
+	}
+	for {
+		_, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, fd, uintptr(unsafe.Pointer(&msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
+}
+
+// Waiting reports whether there is a record to be received at once, or the end.
+func (c *Channel) Waiting() bool {
+	is := false
+	_ = c.conn.Control(func(fd uintptr) { // nothing comes by a closed one
+		var one [1]byte
+		_, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&one[0])), 1, unix.MSG_PEEK|unix.MSG_DONTWAIT, 0, 0)
+		is = errno != unix.EAGAIN
+	})
+	return is
 }
 
 func putHeader(b []byte, kind uint16, flags Flags, nfiles int, id uint64) {
@@ -252,15 +359,21 @@ func putHeader(b []byte, kind uint16, flags Flags, nfiles int, id uint64) {
 // Receive waits for one record. Its Body is the caller's to keep, its Files are
 // the caller's to close. It returns io.EOF when the peer has closed its end.
 func (c *Channel) Receive() (Record, error) {
-	n, oobn, rflags, _, err := c.conn.ReadMsgUnix(c.recvBuf, c.recvOOB)
-	files := rights(c.recvOOB[:oobn])
-	if err != nil {
-		for _, f := range files { // an empty record may still bring some
-			f.Close()
-		}
+	if err := c.conn.Read(c.recvFn); err != nil {
 		return Record{}, fmt.Errorf("receive: %w", err)
 	}
-	r, err := parse(c.recvBuf[:n], files, rflags)
+	got := c.got
+	files := rights(c.recvOOB[:got.oobn])
+	var r Record
+	var err error
+	switch {
+	case got.errno != 0:
+		err = fmt.Errorf("receive: %w", got.errno)
+	case got.n == 0: // with descriptors it is no record either
+		err = fmt.Errorf("receive: %w", io.EOF)
+	default:
+		r, err = parse(c.recvBuf[:got.n], files, got.flags)
+	}
 	if err != nil {
 		for _, f := range files {
 			f.Close()
@@ -268,6 +381,28 @@ func (c *Channel) Receive() (Record, error) {
 		return Record{}, err
 	}
 	return r, nil
+}
+
+// receive receives a datagram, and reports false if there is none.
+func (c *Channel) receive(fd uintptr) bool {
+	vec := unix.Iovec{Base: &c.recvBuf[0]}
+	vec.SetLen(len(c.recvBuf))
+	msg := unix.Msghdr{Iov: &vec, Iovlen: 1, Control: &c.recvOOB[0]}
+	msg.SetControllen(len(c.recvOOB))
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&msg)), unix.MSG_CMSG_CLOEXEC|unix.MSG_DONTWAIT)
+		switch {
+		case errno == unix.EINTR:
+		case errno == unix.EAGAIN:
+			return false
+		case errno != 0:
+			c.got = received{errno: errno}
+			return true
+		default:
+			c.got = received{n: int(n), oobn: int(msg.Controllen), flags: int(msg.Flags)} //nolint:gosec // bounded by the buffer
+			return true
+		}
+	}
 }
 
 // rights returns every descriptor in the control messages, also those of a

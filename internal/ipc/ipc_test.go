@@ -303,7 +303,7 @@ func TestCloseUnblocksBoth(t *testing.T) {
 		}
 	}()
 	full := make([]byte, HeaderSize) // wait until something is there
-	if _, err := b.conn.Read(full); err != nil {
+	if err := b.conn.Read(func(fd uintptr) bool { _, err := unix.Read(int(fd), full); return err == nil }); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.Close(); err != nil {

@@ -52,17 +52,25 @@ func (s *server) serveSigner(l *proxyLink) {
 			_ = conn.ReplyError(m.ID, tako.Errorf(tako.CodeBusy, "more than %d signatures at one time", MaxSigning))
 			continue
 		}
-		wg.Go(func() {
+		sign := func() {
 			defer func() { <-room }()
-			cores <- struct{}{}
 			sig, err := s.certs.Sign(req.Key, string(req.Algorithm), req.Digest)
-			<-cores
 			if err != nil {
 				l.log.Warn("signature refused", logging.Err, err)
 				_ = conn.ReplyError(m.ID, err)
 				return
 			}
 			_ = conn.Reply(m.ID, &wire.Signed{Signature: sig})
+		}
+		// One that is quick and has nothing behind it costs no other goroutine.
+		if req.Algorithm == wire.SignECDSA && (cap(cores) == 1 || !conn.Waiting()) {
+			sign()
+			continue
+		}
+		wg.Go(func() {
+			cores <- struct{}{}
+			defer func() { <-cores }()
+			sign()
 		})
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"tako/internal/proxy/eventloop"
 	"tako/internal/wire"
 )
 
@@ -30,11 +31,18 @@ const (
 // certs are the certificates that may be presented. Set and remove are for one
 // goroutine, the rest for any.
 type certs struct {
-	sign func(context.Context, *wire.Sign) ([]byte, error)
+	signer signer
 
 	byID  map[string]*certEntry
 	order uint64 // of the last entry
 	index atomic.Pointer[certIndex]
+}
+
+// signer is who has the keys.
+type signer interface {
+	sign(context.Context, *wire.Sign) ([]byte, error)
+	// signOn is sign from a task, or reports false.
+	signOn(*eventloop.Task, *wire.Sign) (signature []byte, ok bool)
 }
 
 type certEntry struct {
@@ -50,8 +58,8 @@ type certIndex struct {
 	fallback    *tls.Certificate
 }
 
-func newCerts(sign func(context.Context, *wire.Sign) ([]byte, error)) *certs {
-	c := &certs{sign: sign, byID: make(map[string]*certEntry)}
+func newCerts(by signer) *certs {
+	c := &certs{signer: by, byID: make(map[string]*certEntry)}
 	c.index.Store(&certIndex{})
 	return c
 }
@@ -74,7 +82,7 @@ func (c *certs) set(m *wire.Certificate) error {
 	c.order++
 	e := &certEntry{order: c.order, fallback: m.Fallback, cert: &tls.Certificate{
 		Certificate: m.Chain, Leaf: leaf,
-		PrivateKey: &remoteKey{public: leaf.PublicKey, spki: spki[:], sign: c.sign},
+		PrivateKey: &remoteKey{public: leaf.PublicKey, spki: spki[:], signer: c.signer},
 	}}
 	for _, name := range m.Names {
 		e.names = append(e.names, strings.ToLower(strings.TrimSuffix(name, ".")))
@@ -115,20 +123,28 @@ func (c *certs) rebuild() {
 // get chooses for a handshake: the exact name, one level of wildcard, the
 // fallback.
 func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	index := c.index.Load()
-	name := strings.ToLower(strings.TrimSuffix(hello.ServerName, "."))
-	if cert := index.exact[name]; cert != nil && name != "" {
-		return cert, nil
+	cert := c.index.Load().find(hello.ServerName)
+	if cert == nil {
+		return nil, fmt.Errorf("no certificate for %q", hello.ServerName)
+	}
+	if s, ok := hello.Conn.(*tlsSocket); ok && s.task.Attached() {
+		return s.certificate(cert), nil
+	}
+	return cert, nil
+}
+
+// find returns nil if there is none.
+func (i *certIndex) find(name string) *tls.Certificate {
+	name = strings.ToLower(strings.TrimSuffix(name, "."))
+	if cert := i.exact[name]; cert != nil && name != "" {
+		return cert
 	}
 	if _, suffix, ok := strings.Cut(name, "."); ok {
-		if cert := index.wild[suffix]; cert != nil {
-			return cert, nil
+		if cert := i.wild[suffix]; cert != nil {
+			return cert
 		}
 	}
-	if index.fallback == nil {
-		return nil, fmt.Errorf("no certificate for %q", name)
-	}
-	return index.fallback, nil
+	return i.fallback
 }
 
 // remoteKey is a private key that stays in the master. It can sign and nothing
@@ -136,30 +152,49 @@ func (c *certs) get(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
 type remoteKey struct {
 	public crypto.PublicKey
 	spki   []byte
-	sign   func(context.Context, *wire.Sign) ([]byte, error)
+	signer signer
 }
 
 func (k *remoteKey) Public() crypto.PublicKey { return k.public }
 
-// Sign asks the master.
-func (k *remoteKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+func (k *remoteKey) request(digest []byte, opts crypto.SignerOpts) *wire.Sign {
 	algorithm := wire.SignRSAPKCS1
 	if _, ok := k.public.(*ecdsa.PublicKey); ok {
 		algorithm = wire.SignECDSA
 	} else if _, ok := opts.(*rsa.PSSOptions); ok {
 		algorithm = wire.SignRSAPSS
 	}
+	return &wire.Sign{Key: k.spki, Algorithm: algorithm, Digest: digest}
+}
+
+// Sign asks the master.
+func (k *remoteKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	var err error
 	for range SignTries {
 		var signature []byte
 		ctx, cancel := context.WithTimeout(context.Background(), SignTime)
-		signature, err = k.sign(ctx, &wire.Sign{Key: k.spki, Algorithm: algorithm, Digest: digest})
+		signature, err = k.signer.sign(ctx, k.request(digest, opts))
 		cancel()
 		if err == nil {
 			return signature, nil
 		}
 	}
 	return nil, fmt.Errorf("sign a handshake: %w", err)
+}
+
+// taskKey is a remoteKey for the handshake of one task, which parks meanwhile.
+type taskKey struct {
+	*remoteKey
+	task *eventloop.Task
+}
+
+// Sign asks the master.
+func (k *taskKey) Sign(r io.Reader, digest []byte, opts crypto.SignerOpts) (signature []byte, err error) {
+	signature, ok := k.signer.signOn(k.task, k.request(digest, opts))
+	if !ok {
+		k.task.Block(func() { signature, err = k.remoteKey.Sign(r, digest, opts) })
+	}
+	return signature, err
 }
 
 // cipherSuites are those of TLS 1.2 that are offered: forward secret and AEAD.

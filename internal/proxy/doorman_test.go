@@ -132,7 +132,7 @@ func TestOneConnectionTooManyIsClosedAtOnce(t *testing.T) {
 	f := newNetHTTP(handlerFunc(func(x message.Exchange) { answer(x, 200, "") }), nil, door, message.DefaultLimits(), hclog.NewNullLogger())
 	done := make(chan struct{})
 	go func() {
-		f.Serve(l, false)
+		f.Serve(&listener{Listener: l})
 		close(done)
 	}()
 	ask := func(c net.Conn) error {

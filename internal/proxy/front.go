@@ -24,7 +24,7 @@ import (
 type front interface {
 	// Serve answers what comes in on l until l is closed. When it returns, each
 	// accepted connection is in the counts.
-	Serve(l net.Listener, secure bool)
+	Serve(l *listener)
 	// Drain has answers say that their connection ends, and tells those who speak
 	// HTTP/2 that it will. Nothing is closed yet.
 	Drain()
@@ -69,8 +69,15 @@ func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.L
 	}
 }
 
-// Serve accepts.
-func (f *own) Serve(l net.Listener, secure bool) {
+// Serve accepts, on the loops if there are some.
+func (f *own) Serve(l *listener) {
+	if l.on != nil {
+		l.on.Serve(func(c *eventloop.Conn) { f.arrive(c, l.secure) }, func(err error) time.Duration {
+			f.log.Debug("a connection is not accepted", "error", err)
+			return acceptPause
+		})
+		return
+	}
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -80,19 +87,26 @@ func (f *own) Serve(l net.Listener, secure bool) {
 			}
 			return // l was closed
 		}
-		s, ok := f.door.admit(c.RemoteAddr())
-		if !ok {
-			_ = c.Close()
-			continue
-		}
-		f.open.Add(1)
-		client := &message.Client{Addr: addrOf(c.RemoteAddr()), Secure: secure, Connection: f.last.Add(1)}
-		if secure || f.door.announces() {
+		client, s, ok := f.admit(c, l.secure)
+		switch {
+		case !ok:
+		case l.secure || f.door.announces():
 			go f.greet(c, client, s)
-		} else {
+		default:
 			go f.serve(c, client, s)
 		}
 	}
+}
+
+// admit counts a connection, or closes it.
+func (f *own) admit(c net.Conn, secure bool) (*message.Client, seat, bool) {
+	s, ok := f.door.admit(c.RemoteAddr())
+	if !ok {
+		_ = c.Close()
+		return nil, s, false
+	}
+	f.open.Add(1)
+	return &message.Client{Addr: addrOf(c.RemoteAddr()), Secure: secure, Connection: f.last.Add(1)}, s, true
 }
 
 // isPassing reports errors of Accept that are not the listener's end: of one
@@ -109,59 +123,142 @@ func isPassing(err error) bool {
 // serve has the codec of c's protocol serve it, to its end or till it goes to a loop. It has a goroutine of
 // its own, whose stack no handshake has stretched.
 func (f *own) serve(c net.Conn, client *message.Client, s seat) {
-	ended := func() {
-		f.open.Add(-1)
-		s.leave()
-	}
-	if t, ok := c.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol == "h2" {
-		defer ended()
+	if isH2(c) {
+		defer f.left(s)
 		f.h2.Serve(c, client)
 		return
 	}
-	f.h1.Serve(c, client, ended)
+	f.h1.Serve(c, client, func() { f.left(s) })
 }
 
-// greet learns who the client is and does the handshake, as far as there are such.
+func isH2(c net.Conn) bool {
+	t, ok := c.(*tls.Conn)
+	return ok && t.ConnectionState().NegotiatedProtocol == "h2"
+}
+
+// left is the end of a connection.
+func (f *own) left(s seat) {
+	f.open.Add(-1)
+	s.leave()
+}
+
+// greet learns who the client is and does the handshake, as far as there are such,
+// and has the connection served.
 func (f *own) greet(c net.Conn, client *message.Client, s seat) {
-	f.mu.Lock()
-	ok := f.greeting != nil
-	if ok {
-		f.greeting[c] = true
-	}
-	f.mu.Unlock()
-	if ok {
-		by := time.Now().Add(f.limits.Head)
-		announced, err := f.door.announced(c, by)
-		if err == nil {
-			s, err = s.announce(announced, client)
-		}
-		if ok = err == nil; !ok {
-			f.log.Debug("connection refused", "peer", c.RemoteAddr(), "error", err)
-		}
-	}
-	served := c
-	if ok && client.Secure {
-		_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
-		t := tls.Server(tlsSocketOf(c), f.tls)
-		err := t.HandshakeContext(context.Background()) // the deadline ends it
-		_ = c.SetDeadline(time.Time{})
-		served = t
-		if ok = err == nil; !ok {
-			f.log.Debug("no handshake", "client", client.Addr, "error", err)
-			notTLS(c, err)
-		}
-	}
-	f.mu.Lock()
-	delete(f.greeting, c)
-	ok = ok && f.greeting != nil
-	f.mu.Unlock()
-	if !ok {
+	if !f.begin(c) {
 		_ = c.Close()
-		f.open.Add(-1)
-		s.leave()
+		f.left(s)
+		return
+	}
+	served, s, ok := f.introduce(c, nil, client, s)
+	if !f.done(c) || !ok {
+		_ = c.Close()
+		f.left(s)
 		return
 	}
 	go f.serve(served, client, s)
+}
+
+// begin notes a connection that has yet to be served, or reports false if none is any
+// more.
+func (f *own) begin(c net.Conn) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.greeting == nil {
+		return false
+	}
+	f.greeting[c] = true
+	return true
+}
+
+// done takes begin back. It reports false if the connection was closed meanwhile.
+func (f *own) done(c net.Conn) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.greeting, c)
+	return f.greeting != nil
+}
+
+// introduce learns who the client is and does the handshake, on a goroutine or on t,
+// and returns what is to be served. It reports false if nothing is.
+func (f *own) introduce(c net.Conn, t *eventloop.Task, client *message.Client, s seat) (net.Conn, seat, bool) {
+	announced, err := f.door.announced(c, time.Now().Add(f.limits.Head))
+	if err == nil {
+		s, err = s.announce(announced, client)
+	}
+	if err != nil {
+		f.log.Debug("connection refused", "peer", c.RemoteAddr(), "error", err)
+		return nil, s, false
+	}
+	if !client.Secure {
+		return c, s, true
+	}
+	_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
+	beneath := tlsSocketOf(c)
+	if t != nil {
+		beneath = &tlsSocket{Conn: c, task: t}
+	}
+	secure := tls.Server(beneath, f.tls)
+	err = secure.HandshakeContext(context.Background()) // the deadline ends it
+	_ = c.SetDeadline(time.Time{})
+	if on, ok := beneath.(*tlsSocket); ok {
+		on.task, on.key = nil, taskKey{}
+	}
+	if err != nil {
+		f.log.Debug("no handshake", "client", client.Addr, "error", err)
+		notTLS(c, err)
+		return nil, s, false
+	}
+	return secure, s, true
+}
+
+// arrive takes a connection that was accepted on a loop. It waits there, without a
+// task, for the first that the client sends.
+func (f *own) arrive(c *eventloop.Conn, secure bool) {
+	client, s, ok := f.admit(c, secure)
+	switch {
+	case !ok:
+	case !secure && !f.door.announces():
+		f.h1.ServeOn(nil, c, client, func() { f.left(s) })
+	case !f.begin(c):
+		_ = c.Close()
+		f.left(s)
+	default:
+		_ = c.SetReadDeadline(time.Now().Add(f.limits.Head))
+		c.Idle(&arrival{f: f, c: c, client: client, seat: s})
+	}
+}
+
+// arrival is a connection on a loop that has yet to be served.
+type arrival struct {
+	f      *own
+	c      *eventloop.Conn
+	client *message.Client
+	seat   seat
+}
+
+// Start greets the client, and has the connection served.
+func (a *arrival) Start(t *eventloop.Task) {
+	f, c := a.f, a.c
+	c.Own(t)
+	served, s, ok := f.introduce(c, t, a.client, a.seat)
+	if !f.done(c) || !ok {
+		_ = c.Close()
+		f.left(s)
+		return
+	}
+	if !isH2(served) {
+		f.h1.ServeOn(t, served, a.client, func() { f.left(s) })
+		return
+	}
+	beneath := served.(*tls.Conn).NetConn().(*tlsSocket) // by introduce
+	if err := beneath.surrender(c); err != nil {
+		f.log.Debug("a connection does not come off its loop", "error", err)
+		_ = c.Close()
+		f.left(s)
+		return
+	}
+	go f.serve(served, a.client, s)
 }
 
 // notTLS answers a client that speaks plain HTTP where TLS is wanted, in plain

@@ -6,20 +6,26 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 
 	"tako/internal/ipc"
+	"tako/internal/proxy/eventloop"
 	"tako/internal/tako"
 	"tako/internal/wire"
 )
 
 // link is a socket beside the channel on which the proxy asks and somebody
 // answers. It may be replaced; calls under way then fail with wire.ErrGone.
+//
+// With loops, one of them reads what comes: who asks from a task is then woken
+// without the scheduler.
 type link struct {
-	kind wire.Link
-	log  hclog.Logger
-	wg   sync.WaitGroup
+	kind  wire.Link
+	log   hclog.Logger
+	loops *eventloop.Group
+	wg    sync.WaitGroup
 
 	mu      sync.Mutex
 	conn    *wire.Conn
@@ -29,7 +35,15 @@ type link struct {
 
 // open takes over the socket fd, and closes the one before it.
 func (l *link) open(fd ipc.FD) error {
-	ch, err := ipc.Open(fd)
+	loop := l.loops.Pick()
+	var ch *ipc.Channel
+	var on *eventloop.Raw
+	var err error
+	if loop == nil {
+		ch, err = ipc.Open(fd)
+	} else if on, err = loop.Raw(int(fd)); err == nil {
+		ch = ipc.On(on)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.kind, err)
 	}
@@ -45,21 +59,44 @@ func (l *link) open(fd ipc.FD) error {
 		close(l.changed)
 		l.changed = nil
 	}
-	l.wg.Go(func() {
-		defer calls.End()
-		for {
-			m, err := conn.Receive()
-			if err != nil {
-				if !errors.Is(err, net.ErrClosed) {
-					l.log.Warn("a socket has ended; what it was for does not work until there is another", "link", l.kind, "error", err)
-				}
-				_ = conn.Close()
-				return
-			}
-			calls.Answer(m)
-		}
-	})
+	l.wg.Add(1)
+	r := &linkReader{link: l, conn: conn, calls: calls, on: on}
+	if loop == nil {
+		go r.read()
+	} else {
+		loop.Begin(r)
+	}
 	return nil
+}
+
+// linkReader hands over the answers that come by a link.
+type linkReader struct {
+	link  *link
+	conn  *wire.Conn
+	calls *wire.Calls
+	on    *eventloop.Raw // nil off the loops
+}
+
+// Start reads on a loop.
+func (r *linkReader) Start(t *eventloop.Task) {
+	r.on.Own(t)
+	r.read()
+}
+
+func (r *linkReader) read() {
+	defer r.link.wg.Done()
+	defer r.calls.End()
+	for {
+		m, err := r.conn.Receive()
+		if err != nil {
+			if !errors.Is(err, net.ErrClosed) {
+				r.link.log.Warn("a socket has ended; what it was for does not work until there is another", "link", r.link.kind, "error", err)
+			}
+			_ = r.conn.Close()
+			return
+		}
+		r.calls.Answer(m)
+	}
 }
 
 // doAgain asks. If the socket has ended, or does before the answer, it waits for
@@ -105,12 +142,49 @@ func (l *link) sign(ctx context.Context, s *wire.Sign) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return signatureOf(m)
+}
+
+func signatureOf(m wire.Message) ([]byte, error) {
 	defer m.Discard()
 	signed, ok := m.Body.(*wire.Signed)
 	if !ok {
 		return nil, fmt.Errorf("a call to sign was answered by %T", m.Body)
 	}
 	return signed.Signature, nil
+}
+
+// signOn is sign from a task, which parks meanwhile. It reports false if that was in
+// vain: then sign may know more.
+func (l *link) signOn(t *eventloop.Task, s *wire.Sign) (signature []byte, ok bool) {
+	l.mu.Lock()
+	calls := l.calls
+	l.mu.Unlock()
+	if calls == nil {
+		return nil, false
+	}
+	var m wire.Message
+	var failed error
+	id, err := calls.Begin(s, func(answer wire.Message, err error) {
+		m, failed = answer, err
+		t.Wake()
+	})
+	if err != nil {
+		return nil, false
+	}
+	late := time.AfterFunc(SignTime, func() {
+		if calls.Forget(id) {
+			failed = context.DeadlineExceeded
+			t.Wake()
+		}
+	})
+	t.Park()
+	late.Stop()
+	if failed != nil {
+		return nil, false
+	}
+	signature, err = signatureOf(m)
+	return signature, err == nil
 }
 
 // dial has the agent connect to an instance. Between two agents it waits for the

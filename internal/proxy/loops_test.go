@@ -47,6 +47,7 @@ type looped struct {
 	t             testing.TB
 	loops         *eventloop.Group
 	plain, secure net.Listener
+	listening     []*listener
 }
 
 func onLoops(t testing.TB, h message.Handler) *looped {
@@ -66,10 +67,15 @@ func onLoops(t testing.TB, h message.Handler) *looped {
 	for _, l := range []*net.Listener{&lf.plain, &lf.secure} {
 		*l, err = net.Listen("tcp", "127.0.0.1:0")
 		check0(t, err)
-		serving.Go(func() { f.Serve(*l, l == &lf.secure) })
+		on := &listener{Listener: *l, secure: l == &lf.secure}
+		check0(t, on.useLoops(g))
+		serving.Go(func() { f.Serve(on) })
+		lf.listening = append(lf.listening, on)
 	}
 	t.Cleanup(func() {
-		_, _ = lf.plain.Close(), lf.secure.Close()
+		for _, l := range lf.listening {
+			_ = l.Close()
+		}
 		serving.Wait()
 		f.Close()
 		lf.until("no connection is open", func() bool { return f.open.Load() == 0 })

@@ -96,12 +96,12 @@ func (f *netHTTP) changed(nc net.Conn, s http.ConnState) {
 }
 
 // Serve accepts.
-func (f *netHTTP) Serve(l net.Listener, secure bool) {
-	l = guarded{Listener: l, door: f.door, head: f.limits.Head}
-	if secure {
-		l = tls.NewListener(l, f.tls)
+func (f *netHTTP) Serve(l *listener) {
+	var guarded net.Listener = guarded{Listener: l.Listener, door: f.door, head: f.limits.Head}
+	if l.secure {
+		guarded = tls.NewListener(guarded, f.tls)
 	}
-	_ = f.server.Serve(l) // it returns no other error than that l was closed
+	_ = f.server.Serve(guarded) // it returns no other error than that l was closed
 }
 
 // Drain begins.

@@ -101,7 +101,7 @@ type process struct {
 
 	mu        sync.Mutex
 	apps      map[tako.AppID]*app // guarded by mu
-	listening []listener          // guarded by mu
+	listening []*listener         // guarded by mu
 	front     front               // guarded by mu; fixed once it serves or leaves
 	leaving   bool                // guarded by mu: nothing is to be accepted any more
 
@@ -116,9 +116,28 @@ type process struct {
 	loops                 *eventloop.Group // nil without
 }
 
+// listener is what clients connect to.
 type listener struct {
 	net.Listener
 	secure bool
+	on     *eventloop.Listener // instead, where loops accept
+}
+
+// useLoops has loops accept, if they can.
+func (l *listener) useLoops(g *eventloop.Group) error {
+	on, err := g.Listen(l.Listener)
+	if err == nil {
+		l.on = on
+	}
+	return err
+}
+
+// Close ends our copy alone.
+func (l *listener) Close() error {
+	if l.on != nil {
+		return l.on.Close()
+	}
+	return l.Listener.Close()
 }
 
 // Run serves until the master asks it to leave, and then returns nil; until ctx
@@ -183,19 +202,20 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 		signer: &link{kind: wire.LinkSigning, log: log}, dialer: &link{kind: wire.LinkDialing, log: log},
 		flights: newFlights(maxConnections(openFiles())), apps: make(map[tako.AppID]*app), drained: make(chan struct{}),
 	}
-	p.conn.Patient()
-	p.out = newOutbox(func(body any) error { return p.conn.Send(0, body) })
-	p.certs = newCerts(p.signer.sign)
-	p.tls = p.certs.tlsConfig()
-	p.state.Store(&state{httpsPort: 443})
-	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
-	p.door = newDoorman(p.flights.most, p.isTrusted, log)
-	p.door.announces = func() bool { return p.state.Load().announced }
 	var err error
 	if p.loops, err = eventloop.NewGroup(cmp.Or(cfg.Loops, runtime.GOMAXPROCS(0))); err != nil {
 		log.Warn("no event loops; every connection has a goroutine", "error", err)
 		p.loops = nil
 	}
+	p.signer.loops, p.dialer.loops = p.loops, p.loops
+	p.conn.Patient()
+	p.out = newOutbox(func(body any) error { return p.conn.Send(0, body) })
+	p.certs = newCerts(p.signer)
+	p.tls = p.certs.tlsConfig()
+	p.state.Store(&state{httpsPort: 443})
+	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
+	p.door = newDoorman(p.flights.most, p.isTrusted, log)
+	p.door.announces = func() bool { return p.state.Load().announced }
 	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, p.loops, log)
 	return p
 }
@@ -308,7 +328,7 @@ func (p *process) listeners(b *wire.Listeners, m *wire.Message) error {
 			continue
 		}
 		p.mu.Lock()
-		p.listening = append(p.listening, listener{Listener: l, secure: name == wire.ListenerHTTPS})
+		p.listening = append(p.listening, &listener{Listener: l, secure: name == wire.ListenerHTTPS})
 		p.mu.Unlock()
 	}
 	return firstErr
@@ -402,7 +422,12 @@ func (p *process) serve() error {
 		p.served = true
 		front := p.front
 		for _, l := range p.listening {
-			p.serving.Go(func() { front.Serve(l.Listener, l.secure) })
+			if _, ours := front.(*own); ours && p.loops != nil {
+				if err := l.useLoops(p.loops); err != nil {
+					p.log.Warn("connections are not accepted on event loops", "error", err)
+				}
+			}
+			p.serving.Go(func() { front.Serve(l) })
 		}
 	}
 	if err := p.conn.Send(0, &wire.Ready{}); err != nil {
@@ -454,10 +479,10 @@ func sooner(at *atomic.Int64, t time.Time) {
 // and returns how much that was. The order is what loses nothing: a connection
 // that was accepted is in the front's counts before they are looked at, and one
 // that was not is in the queue of a socket that others share.
-func (p *process) leave(listening []listener, front front) (cut int) {
+func (p *process) leave(listening []*listener, front front) (cut int) {
 	front.Drain() // answers say that the connection closes
 	for _, l := range listening {
-		_ = l.Close() // our copy alone
+		_ = l.Close()
 	}
 	p.serving.Wait()
 

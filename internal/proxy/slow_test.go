@@ -76,7 +76,7 @@ func piped(t testing.TB, h http.HandlerFunc) net.Conn {
 	hd.state.Store(&state{routes: routes, httpsPort: 443})
 	f := newOwn(hd, nil, newDoorman(10, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), nil, log)
 	clients := newPipes()
-	go f.Serve(clients, false)
+	go f.Serve(&listener{Listener: clients})
 	c := clients.dial()
 	t.Cleanup(func() {
 		_ = c.Close()

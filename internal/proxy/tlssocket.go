@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"crypto/tls"
 	"io"
 	"net"
 	"syscall"
@@ -21,6 +22,9 @@ type tlsSocket struct {
 	tcp *net.TCPConn    // Conn, or nil on a loop
 	raw syscall.RawConn // of tcp
 
+	task *eventloop.Task // whose handshake it is; nil after that, and off the loops
+	key  taskKey         // of that
+
 	held    bool // nothing is read
 	records records
 
@@ -32,17 +36,50 @@ type tlsSocket struct {
 
 // tlsSocketOf returns c as a tlsSocket, or c itself if it is no TCP connection.
 func tlsSocketOf(c net.Conn) net.Conn {
+	s := new(tlsSocket)
+	if !s.use(c) {
+		return c
+	}
+	return s
+}
+
+// use makes c the connection, if it is one of TCP.
+func (s *tlsSocket) use(c net.Conn) bool {
 	tcp, ok := c.(*net.TCPConn)
 	if !ok {
-		return c
+		return false
 	}
 	raw, err := tcp.SyscallConn()
 	if err != nil {
-		return c
+		return false
 	}
-	s := &tlsSocket{Conn: tcp, tcp: tcp, raw: raw}
+	s.Conn, s.tcp, s.raw = tcp, tcp, raw
 	s.readFn, s.writeFn = s.read, s.write
-	return s
+	return true
+}
+
+// surrender takes the connection off its loop. On an error it is closed.
+func (s *tlsSocket) surrender(on *eventloop.Conn) error {
+	c, err := on.Surrender()
+	if err != nil {
+		return err
+	}
+	if !s.use(c) {
+		s.Conn = c // of a Unix socket
+	}
+	return nil
+}
+
+// certificate is cert with a key for the handshake under way.
+func (s *tlsSocket) certificate(cert *tls.Certificate) *tls.Certificate {
+	key, ok := cert.PrivateKey.(*remoteKey)
+	if !ok {
+		return cert
+	}
+	s.key = taskKey{remoteKey: key, task: s.task}
+	own := *cert
+	own.PrivateKey = &s.key
+	return &own
 }
 
 // NetConn returns the connection itself.

@@ -21,7 +21,7 @@ type Calls struct {
 
 	mu      sync.Mutex
 	next    uint64
-	waiting map[uint64]chan Message
+	waiting map[uint64]func(Message, error) // called with mu held, once
 	gone    bool
 }
 
@@ -29,55 +29,74 @@ type Calls struct {
 func NewCalls(conn *Conn) *Calls {
 	// Answers to the calls of a dead tako-master may still come, over a channel
 	// that it left: their ids are not ours.
-	return &Calls{conn: conn, next: bigID(), waiting: make(map[uint64]chan Message)}
+	return &Calls{conn: conn, next: bigID(), waiting: make(map[uint64]func(Message, error))}
+}
+
+// await gives a call its id, and done the answer, or ErrGone.
+func (c *Calls) await(done func(Message, error)) (id uint64, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.gone {
+		return 0, ErrGone
+	}
+	c.next++
+	c.waiting[c.next] = done
+	return c.next, nil
 }
 
 // Do sends a call and waits for its answer, until ctx ends. A Fault comes back
 // as a *tako.Error. The descriptors sent stay the caller's; those of the answer
 // are the caller's to close.
 func (c *Calls) Do(ctx context.Context, body any, files ...ipc.FD) (Message, error) {
-	answer := make(chan Message, 1)
-	c.mu.Lock()
-	if c.gone {
-		c.mu.Unlock()
-		return Message{}, ErrGone
+	type answer struct {
+		m   Message
+		err error
 	}
-	c.next++
-	id := c.next
-	c.waiting[id] = answer
-	c.mu.Unlock()
-
+	came := make(chan answer, 1)
+	id, err := c.await(func(m Message, err error) { came <- answer{m, err} })
+	if err != nil {
+		return Message{}, err
+	}
 	if err := c.conn.Send(id, body, files...); err != nil {
-		c.forget(id)
+		c.Forget(id)
 		return Message{}, err
 	}
 	select {
-	case m, ok := <-answer:
-		if !ok {
-			return Message{}, ErrGone
-		}
-		if f, isFault := m.Body.(*Fault); isFault {
-			return Message{}, tako.Errorf(tako.Code(f.Code), "%s", f.Message)
-		}
-		return m, nil
+	case a := <-came:
+		return a.m, a.err
 	case <-ctx.Done():
-		c.forget(id)
-		select {
-		case m, ok := <-answer: // it came after all
-			if ok {
-				m.Discard()
-			}
-		default:
+		if !c.Forget(id) { // it came after all
+			a := <-came
+			a.m.Discard()
 		}
 		return Message{}, fmt.Errorf("wait for the answer to %T: %w", body, context.Cause(ctx))
 	}
 }
 
-// forget stops waiting for id. After it no answer to id can arrive any more.
-func (c *Calls) forget(id uint64) {
+// Begin sends a call without waiting for anything: if that is not possible it fails
+// with ipc.ErrFull, and done is not called. Else done is called once, as with what Do
+// returns, and must not wait either, nor use c; unless Forget comes before.
+func (c *Calls) Begin(body any, done func(Message, error)) (id uint64, err error) {
+	if id, err = c.await(done); err != nil {
+		return 0, err
+	}
+	if err := c.conn.TrySend(id, body); err != nil {
+		if !c.Forget(id) {
+			return id, nil // the channel has ended, which done was told
+		}
+		return 0, err
+	}
+	return id, nil
+}
+
+// Forget stops waiting for the answer to a call, and reports whether it was waited
+// for until then: else it has come.
+func (c *Calls) Forget(id uint64) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	_, waited := c.waiting[id]
 	delete(c.waiting, id)
+	return waited
 }
 
 // Answer hands over a received answer. It reports whether somebody waited for
@@ -85,13 +104,18 @@ func (c *Calls) forget(id uint64) {
 func (c *Calls) Answer(m Message) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	answer, ok := c.waiting[m.ID]
+	done, ok := c.waiting[m.ID]
 	if !ok {
 		m.Discard()
 		return false
 	}
 	delete(c.waiting, m.ID)
-	answer <- m // has room for one
+	if f, isFault := m.Body.(*Fault); isFault {
+		m.Discard()
+		done(Message{}, tako.Errorf(tako.Code(f.Code), "%s", f.Message))
+	} else {
+		done(m, nil)
+	}
 	return true
 }
 
@@ -100,8 +124,8 @@ func (c *Calls) End() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.gone = true
-	for id, answer := range c.waiting {
-		close(answer)
+	for id, done := range c.waiting {
 		delete(c.waiting, id)
+		done(Message{}, ErrGone)
 	}
 }

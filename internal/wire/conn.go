@@ -78,6 +78,21 @@ func (c *Conn) Send(id uint64, body any, files ...ipc.FD) error {
 	return c.send(id, 0, body, files)
 }
 
+// lockTries is how often TrySend tries to send, which takes a microsecond or so.
+const lockTries = 50
+
+// TrySend is Send of a message without descriptors that never waits: it returns
+// ipc.ErrFull instead.
+func (c *Conn) TrySend(id uint64, body any) error {
+	for range lockTries {
+		if c.sendMu.TryLock() {
+			defer c.sendMu.Unlock()
+			return c.sendLocked(id, 0, body, nil, c.ch.TrySend)
+		}
+	}
+	return ipc.ErrFull // somebody waits for room
+}
+
 // Reply answers the call with this id.
 func (c *Conn) Reply(id uint64, body any, files ...ipc.FD) error {
 	return c.send(id, ipc.Reply, body, files)
@@ -92,11 +107,11 @@ func (c *Conn) ReplyError(id uint64, err error) error {
 func (c *Conn) send(id uint64, flags ipc.Flags, body any, files []ipc.FD) error {
 	c.sendMu.Lock()
 	defer c.sendMu.Unlock()
-	return c.sendLocked(id, flags, body, files)
+	return c.sendLocked(id, flags, body, files, c.ch.Send)
 }
 
-// sendLocked is send with sendMu held.
-func (c *Conn) sendLocked(id uint64, flags ipc.Flags, body any, files []ipc.FD) error {
+// sendLocked is send with sendMu held, and by a method of the channel.
+func (c *Conn) sendLocked(id uint64, flags ipc.Flags, body any, files []ipc.FD, by func(ipc.Record) error) error {
 	rule := c.out.byType(body)
 	if rule == nil {
 		return fmt.Errorf("%s may not send %T on %s", c.out.role, body, c.link)
@@ -108,11 +123,11 @@ func (c *Conn) sendLocked(id uint64, flags ipc.Flags, body any, files []ipc.FD) 
 	if err != nil {
 		return fmt.Errorf("send %T on %s: %w", body, c.link, err)
 	}
-	b, err := json.Marshal(body)
+	b, err := encode(body)
 	if err != nil {
 		return fmt.Errorf("send %T on %s: %w", body, c.link, err)
 	}
-	if err := c.ch.Send(ipc.Record{Kind: uint16(rule.Kind), Flags: flags, ID: id, Body: b, Files: files}); err != nil {
+	if err := by(ipc.Record{Kind: uint16(rule.Kind), Flags: flags, ID: id, Body: b, Files: files}); err != nil {
 		return err
 	}
 	c.out.moved(rule)
@@ -126,6 +141,9 @@ func (c *Conn) States() (out, in State) {
 	defer c.sendMu.Unlock()
 	return c.out.state, c.in.state
 }
+
+// Waiting reports whether there is a message to be received at once.
+func (c *Conn) Waiting() bool { return c.ch.Waiting() }
 
 // Receive waits for the next message. io.EOF means the peer has gone;
 // ipc.ErrProtocol that it broke the rules and the channel must be closed.
@@ -212,8 +230,29 @@ func (s *side) moved(rule *Rule) {
 	}
 }
 
+// A plain body is asked for so often that it has ways of its own to and from JSON.
+type plain interface {
+	// appendPlain appends what json.Marshal returns, or returns nil for what is not as
+	// usual.
+	appendPlain(b []byte) []byte
+	// decodePlain takes what appendPlain writes, and reports false for all else.
+	decodePlain(b []byte) bool
+}
+
+func encode(body any) ([]byte, error) {
+	if p, ok := body.(plain); ok {
+		if b := p.appendPlain(make([]byte, 0, 256)); b != nil {
+			return b, nil
+		}
+	}
+	return json.Marshal(body)
+}
+
 // decode is strict: one JSON value, no unknown field, nothing behind it.
 func decode(b []byte, into any) error {
+	if p, ok := into.(plain); ok && p.decodePlain(b) {
+		return nil
+	}
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(into); err != nil {

@@ -87,7 +87,7 @@ func (c *Conn) Resumed(m *Message, pieces int) error {
 	defer c.sendMu.Unlock()
 	body := &Resumed{Position: m.at, Pieces: pieces}
 	body.Position.Out, body.Position.OutSeen = c.out.state, c.out.kinds()
-	return c.sendLocked(m.ID, ipc.Reply, body, nil)
+	return c.sendLocked(m.ID, ipc.Reply, body, nil, c.ch.Send)
 }
 
 // Patient makes Send wait for as long as the peer does not read and has not gone:

@@ -1,6 +1,9 @@
 package wire
 
 import (
+	"bytes"
+	"encoding/base64"
+
 	"tako/internal/tako"
 )
 
@@ -35,6 +38,81 @@ const (
 // Signed answers Sign.
 type Signed struct {
 	Signature []byte `json:"signature"`
+}
+
+const (
+	signKey       = `{"key":"`
+	signAlgorithm = `","algorithm":"`
+	signDigest    = `","digest":"`
+	signedBegin   = `{"signature":"`
+	plainEnd      = `"}`
+)
+
+func (s *Sign) appendPlain(b []byte) []byte {
+	if s.Key == nil || s.Digest == nil || knownAlgorithm([]byte(s.Algorithm)) == "" {
+		return nil
+	}
+	b = base64.StdEncoding.AppendEncode(append(b, signKey...), s.Key)
+	b = append(append(b, signAlgorithm...), s.Algorithm...)
+	b = base64.StdEncoding.AppendEncode(append(b, signDigest...), s.Digest)
+	return append(b, plainEnd...)
+}
+
+func (s *Sign) decodePlain(b []byte) bool {
+	b, begins := bytes.CutPrefix(b, []byte(signKey))
+	key, b, hasAlgorithm := bytes.Cut(b, []byte(signAlgorithm))
+	algorithm, b, hasDigest := bytes.Cut(b, []byte(signDigest))
+	digest, ends := bytes.CutSuffix(b, []byte(plainEnd))
+	if !begins || !hasAlgorithm || !hasDigest || !ends {
+		return false
+	}
+	read := Sign{Algorithm: knownAlgorithm(algorithm)}
+	var ok [2]bool
+	read.Key, ok[0] = decodeBase64(key)
+	read.Digest, ok[1] = decodeBase64(digest)
+	if !ok[0] || !ok[1] || read.Algorithm == "" {
+		return false
+	}
+	*s = read
+	return true
+}
+
+func (s *Signed) appendPlain(b []byte) []byte {
+	if s.Signature == nil {
+		return nil
+	}
+	b = base64.StdEncoding.AppendEncode(append(b, signedBegin...), s.Signature)
+	return append(b, plainEnd...)
+}
+
+func (s *Signed) decodePlain(b []byte) bool {
+	b, begins := bytes.CutPrefix(b, []byte(signedBegin))
+	b, ends := bytes.CutSuffix(b, []byte(plainEnd))
+	signature, ok := decodeBase64(b)
+	if !begins || !ends || !ok {
+		return false
+	}
+	s.Signature = signature
+	return true
+}
+
+// knownAlgorithm returns "" for one that is none.
+func knownAlgorithm(b []byte) SignAlgorithm {
+	for _, a := range [...]SignAlgorithm{SignECDSA, SignRSAPSS, SignRSAPKCS1} {
+		if string(b) == string(a) {
+			return a
+		}
+	}
+	return ""
+}
+
+// decodeBase64 decodes text without breaks, which package base64 would leave out.
+func decodeBase64(b []byte) ([]byte, bool) {
+	if bytes.ContainsAny(b, "\r\n") {
+		return nil, false
+	}
+	out, err := base64.StdEncoding.AppendDecode([]byte{}, b)
+	return out, err == nil
 }
 
 // Dial asks for a connection to an instance that listens on TCP.

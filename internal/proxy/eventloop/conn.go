@@ -18,11 +18,13 @@ import (
 // goroutine's at a time, and so is writing; all else is anybody's.
 type Conn struct {
 	fd            int
-	loop          *Loop // guarded by both mu
-	gen           int32 // guarded by both mu: of its being in loop, unlike any other's for long
-	stream        bool  // of TCP: a short read has emptied it
-	local, remote net.Addr
-	owner         *Task // whose reads and writes park it while it is attached
+	loop          *Loop    // guarded by both mu
+	gen           int32    // guarded by both mu: of its being in loop, unlike any other's for long
+	stream        bool     // of TCP: a short read has emptied it
+	listens       bool     // others have the same socket
+	apart         bool     // it is a Raw, whose owner does not write
+	local, remote net.Addr // local is nil until it is asked for
+	owner         *Task    // whose reads and writes park it while it is attached
 
 	rd, wr side // the mu of rd is locked first
 }
@@ -70,27 +72,32 @@ func (l *Loop) Adopt(c net.Conn) (*Conn, error) {
 	}
 	_, stream := c.(*net.TCPConn)
 	n := &Conn{fd: fd, stream: stream, local: c.LocalAddr(), remote: c.RemoteAddr()}
-	if err := n.join(l); err != nil {
+	if err := n.join(l, connEvents); err != nil {
 		return nil, errors.Join(err, syscall.Close(fd))
 	}
 	_ = c.Close() // its descriptor alone
 	return n, nil
 }
 
+// connEvents are what a connection is told of: what changes, once.
+const connEvents = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET
+
 // join registers c, which is in no loop. The kernel tells at once what is there to
 // be read.
-func (c *Conn) join(l *Loop) error {
+func (c *Conn) join(l *Loop, events uint32) error {
 	if c.fd >= len(l.group.table) {
 		return fmt.Errorf("descriptor %d is larger than a loop takes", c.fd)
 	}
 	c.loop, c.gen, c.rd.dry = l, l.group.gen.Add(1), c.stream
 	l.group.table[c.fd].Store(c)
-	ev := unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET, Fd: int32(c.fd), Pad: c.gen} //nolint:gosec // a descriptor
+	ev := unix.EpollEvent{Events: events, Fd: int32(c.fd), Pad: c.gen} //nolint:gosec // a descriptor
 	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, c.fd, &ev); err != nil {
 		l.group.table[c.fd].Store(nil)
 		return fmt.Errorf("a connection in epoll: %w", err)
 	}
-	l.conns.Add(1)
+	if !c.listens {
+		l.conns.Add(1)
+	}
 	return nil
 }
 
@@ -111,7 +118,7 @@ func (c *Conn) Move(to *Loop) error {
 		return fmt.Errorf("a connection out of epoll: %w", err)
 	}
 	c.loop.conns.Add(-1)
-	if err := c.join(to); err != nil {
+	if err := c.join(to, connEvents); err != nil {
 		to.conns.Add(1) // Close takes one off
 		return err
 	}
@@ -232,7 +239,7 @@ func (c *Conn) waitLocked(s *side) {
 		s.note = false
 		return
 	}
-	if t := c.owner; t.Attached() {
+	if t := c.owner; t.Attached() && !(c.apart && s == &c.wr) {
 		s.task = t
 		s.mu.Unlock()
 		t.Park()
@@ -391,7 +398,11 @@ func (c *Conn) closeLocked() error {
 		c.rouse(s)
 	}
 	c.loop.group.table[c.fd].Store(nil)
-	c.loop.conns.Add(-1)
+	if c.listens {
+		c.forgetLocked()
+	} else {
+		c.loop.conns.Add(-1)
+	}
 	return os.NewSyscallError("close", syscall.Close(c.fd))
 }
 
@@ -429,7 +440,17 @@ func (c *Conn) Control(f func(fd uintptr)) error {
 }
 
 // LocalAddr returns this end's address.
-func (c *Conn) LocalAddr() net.Addr { return c.local }
+func (c *Conn) LocalAddr() net.Addr {
+	if c.local != nil {
+		return c.local
+	}
+	var raw syscall.RawSockaddrAny // nothing is known of a connection that is closed
+	size := uint32(unsafe.Sizeof(raw))
+	_ = c.Control(func(fd uintptr) {
+		_, _, _ = syscall.RawSyscall(unix.SYS_GETSOCKNAME, fd, uintptr(unsafe.Pointer(&raw)), uintptr(unsafe.Pointer(&size)))
+	})
+	return addrOf(&raw, size)
+}
 
 // RemoteAddr returns the other end's address.
 func (c *Conn) RemoteAddr() net.Addr { return c.remote }
@@ -505,9 +526,14 @@ func (c *Conn) leave() (fd int, err error) {
 		return -1, net.ErrClosed
 	}
 	if fd, err = unix.FcntlInt(uintptr(c.fd), unix.F_DUPFD_CLOEXEC, 3); err == nil {
-		// The last descriptor takes a socket out of epoll, which c's is not.
-		_ = unix.EpollCtl(c.loop.ep, unix.EPOLL_CTL_DEL, c.fd, nil)
+		c.forgetLocked()
 	}
 	_ = c.closeLocked()
 	return fd, err
+}
+
+// forgetLocked takes the descriptor out of epoll, where a socket stays else until its
+// last one is closed, which c's is not.
+func (c *Conn) forgetLocked() {
+	_ = unix.EpollCtl(c.loop.ep, unix.EPOLL_CTL_DEL, c.fd, nil) // it is there
 }

@@ -158,6 +158,9 @@ func (l *Loop) open() (err error) {
 	return nil
 }
 
+// Begin has the loop begin s soon, on a task. It may be called from anywhere.
+func (l *Loop) Begin(s Starter) { l.post(job{begin: s}) }
+
 // post has the loop do j soon. It may be called from anywhere.
 func (l *Loop) post(j job) {
 	l.mu.Lock()

@@ -119,8 +119,12 @@ func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn
 			c.under, _ = sock.Conn.(Adoptee)
 		}
 	}
-	if sc, ok := sock.Conn.(syscall.Conn); ok {
-		if raw, err := sc.SyscallConn(); err == nil {
+	switch in := sock.Conn.(type) {
+	case *eventloop.Conn:
+		c.loop = in
+		sock.control = in.Control
+	case syscall.Conn:
+		if raw, err := in.SyscallConn(); err == nil {
 			sock.control = raw.Control
 			if sock.Conn == nc {
 				c.raw = raw
@@ -169,8 +173,13 @@ func (c *conn) serve() {
 // Start is called by the loop when the connection has something to read, or is to
 // end.
 func (c *conn) Start(t *eventloop.Task) {
-	c.task = t
 	c.loop.Own(t)
+	c.answer(t)
+}
+
+// answer takes a turn on t, and leaves the connection idle, or ends it.
+func (c *conn) answer(t *eventloop.Task) {
+	c.task = t
 	if c.turn() == over {
 		c.end()
 		return

@@ -79,6 +79,24 @@ func (s *Server) Serve(c net.Conn, client *message.Client, ended func()) {
 	conn.serve()
 }
 
+// ServeOn is Serve for a connection that is on a loop, or for TLS over one that is:
+// its requests are answered there. T is the task that did the handshake and owns it,
+// nil if nothing was read yet; it is over when ServeOn returns.
+func (s *Server) ServeOn(t *eventloop.Task, c net.Conn, client *message.Client, ended func()) {
+	conn := newConn(s, c, client, ended)
+	switch {
+	case !s.add(conn):
+		_ = c.Close()
+		if ended != nil {
+			ended()
+		}
+	case t != nil && conn.has():
+		conn.answer(t)
+	default:
+		conn.loop.Idle(conn)
+	}
+}
+
 // Drain has every answer from now on be the last of its connection.
 func (s *Server) Drain() { s.draining.Store(true) }
 
