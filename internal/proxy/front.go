@@ -61,9 +61,9 @@ type own struct {
 	greeting map[net.Conn]bool // guarded by mu: in an announcement or handshake; nil once closed
 }
 
-func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, loops *eventloop.Group, log hclog.Logger) *own {
+func newOwn(h message.Handler, conf *tls.Config, door *doorman, limits message.Limits, log hclog.Logger) *own {
 	return &own{
-		h1:  &h1.Server{Handler: h, Limits: limits, Log: log, Loops: loops},
+		h1:  &h1.Server{Handler: h, Limits: limits, Log: log},
 		h2:  &h2.Server{Handler: h, Limits: limits, Log: log},
 		tls: conf, door: door, limits: limits, log: log, greeting: make(map[net.Conn]bool),
 	}
@@ -120,15 +120,15 @@ func isPassing(err error) bool {
 	return false
 }
 
-// serve has the codec of c's protocol serve it, to its end or till it goes to a loop. It has a goroutine of
-// its own, whose stack no handshake has stretched.
+// serve has the codec of c's protocol serve it, to its end. It has a goroutine of its
+// own, whose stack no handshake has stretched.
 func (f *own) serve(c net.Conn, client *message.Client, s seat) {
+	defer f.left(s)
 	if isH2(c) {
-		defer f.left(s)
 		f.h2.Serve(c, client)
-		return
+	} else {
+		f.h1.Serve(c, client)
 	}
-	f.h1.Serve(c, client, func() { f.left(s) })
 }
 
 func isH2(c net.Conn) bool {

@@ -60,7 +60,7 @@ func onLoops(t testing.TB, h message.Handler) *looped {
 	log := hclog.NewNullLogger()
 	g := group(t, 2)
 	f := newOwn(h, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
-		newDoorman(10_000, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), g, log)
+		newDoorman(10_000, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), log)
 	f.door.announces = func() bool { return false }
 	lf := &looped{own: f, t: t, loops: g}
 	var serving sync.WaitGroup

@@ -216,7 +216,7 @@ func newProcess(cfg Config, log hclog.Logger) *process {
 	p.handler = &handler{state: &p.state, flights: p.flights, log: log}
 	p.door = newDoorman(p.flights.most, p.isTrusted, log)
 	p.door.announces = func() bool { return p.state.Load().announced }
-	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, p.loops, log)
+	p.front = newOwn(p.handler, p.tls, p.door, p.cfg.Limits, log)
 	return p
 }
 

@@ -74,7 +74,7 @@ func piped(t testing.TB, h http.HandlerFunc) net.Conn {
 	log := hclog.NewNullLogger()
 	hd := &handler{state: &atomic.Pointer[state]{}, flights: newFlights(10), log: log}
 	hd.state.Store(&state{routes: routes, httpsPort: 443})
-	f := newOwn(hd, nil, newDoorman(10, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), nil, log)
+	f := newOwn(hd, nil, newDoorman(10, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), log)
 	clients := newPipes()
 	go f.Serve(&listener{Listener: clients})
 	c := clients.dial()

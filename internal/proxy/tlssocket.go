@@ -85,17 +85,7 @@ func (s *tlsSocket) certificate(cert *tls.Certificate) *tls.Certificate {
 // NetConn returns the connection itself.
 func (s *tlsSocket) NetConn() net.Conn { return s.Conn }
 
-// Adopt implements h1.Adoptee.
-func (s *tlsSocket) Adopt(l *eventloop.Loop) (*eventloop.Conn, error) {
-	on, err := l.Adopt(s.tcp)
-	if err != nil {
-		return nil, err
-	}
-	s.Conn, s.tcp, s.raw, s.readFn, s.writeFn = on, nil, nil, nil, nil
-	return on, nil
-}
-
-// Hold implements h1.Adoptee.
+// Hold implements h1.ReadAhead.
 func (s *tlsSocket) Hold(held bool) { s.held = held }
 
 // CloseWrite ends our half of the connection.
@@ -136,7 +126,7 @@ func (r *records) see(b []byte) {
 	}
 }
 
-// Ahead implements h1.Adoptee: TLS reads when it has no whole record, and uses one.
+// Ahead implements h1.ReadAhead: TLS reads when it has no whole record, and uses one.
 func (s *tlsSocket) Ahead() bool { return s.records.whole > 1 }
 
 func (s *tlsSocket) readSome(b []byte) (int, error) {

@@ -239,7 +239,11 @@ func (c *Conn) waitLocked(s *side) {
 		s.note = false
 		return
 	}
-	if t := c.owner; t.Attached() && !(c.apart && s == &c.wr) {
+	var t *Task
+	if !c.apart || s == &c.rd {
+		t = c.owner
+	}
+	if t.Attached() {
 		s.task = t
 		s.mu.Unlock()
 		t.Park()

@@ -31,10 +31,8 @@ type conn struct {
 	nc     net.Conn        // what is read and written
 	tcp    *net.TCPConn    // nc, if it is one
 	raw    syscall.RawConn // of nc, if that is no TLS and not on a loop
-	under  Adoptee         // what is beneath TLS, if that can go to a loop
-
-	// The socket, nc or what is beneath TLS.
-	sock atomic.Pointer[socket]
+	under  ReadAhead       // what is beneath TLS on a loop
+	sock   socket          // nc, or what is beneath TLS
 
 	// On an event loop: it has no goroutine between its requests.
 	loop *eventloop.Conn // the socket; nil elsewhere
@@ -54,7 +52,6 @@ type conn struct {
 	sendFn  func(uintptr) bool // writes unsent
 	unsent  []byte
 	sendErr error
-	one     [1]byte // of wait
 
 	// What the sweeps look at.
 	writing     atomic.Int64 // the clock at the beginning of the write under way, 0 for none
@@ -69,8 +66,6 @@ type conn struct {
 
 	mu      sync.Mutex      // held while a watcher is told, and while a wait is ended
 	watcher message.Watcher // guarded by mu
-	moving  bool            // guarded by mu: it is to go to a loop; the read deadline is for that
-	stays   bool            // written under mu: no loop takes it
 	watch   uint32          // guarded by mu: counts watchers and their ends
 	gone    bool            // guarded by mu: during an exchange
 	finAt   int64           // of the sweeps: the clock when the client's half was seen to be over, 0 if it is not
@@ -83,12 +78,10 @@ type socket struct {
 	control func(func(fd uintptr)) error
 }
 
-// An Adoptee is a connection that can go on on a loop. It may stand beneath TLS.
-type Adoptee interface {
+// A ReadAhead is a connection beneath TLS that is on a loop, where nobody waits for
+// what was read from it already.
+type ReadAhead interface {
 	net.Conn
-	// Adopt moves it there. Nobody reads or writes meanwhile. On an error it is as it
-	// was; without one it uses what is returned, and what it used before is closed.
-	Adopt(l *eventloop.Loop) (*eventloop.Conn, error)
 	// Hold has Read fail at once with ErrHeld, whatever there is to be read, or takes
 	// that back. It is called by the one who reads.
 	Hold(held bool)
@@ -97,7 +90,7 @@ type Adoptee interface {
 	Ahead() bool
 }
 
-// ErrHeld is Adoptee.Hold's. It is temporary, so TLS reads on after it.
+// ErrHeld is ReadAhead.Hold's. It is temporary, so TLS reads on after it.
 var ErrHeld net.Error = heldError{}
 
 type heldError struct{}
@@ -107,31 +100,29 @@ func (heldError) Timeout() bool   { return false }
 func (heldError) Temporary() bool { return true }
 
 func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn {
-	c := &conn{srv: s, client: client, nc: nc, ended: ended}
-	sock := &socket{Conn: nc}
+	c := &conn{srv: s, client: client, nc: nc, ended: ended, sock: socket{Conn: nc}}
 	for {
-		under, ok := sock.Conn.(interface{ NetConn() net.Conn })
+		over, ok := c.sock.Conn.(interface{ NetConn() net.Conn })
 		if !ok {
 			break
 		}
-		sock.Conn = under.NetConn()
+		c.sock.Conn = over.NetConn()
 		if c.under == nil {
-			c.under, _ = sock.Conn.(Adoptee)
+			c.under, _ = c.sock.Conn.(ReadAhead)
 		}
 	}
-	switch in := sock.Conn.(type) {
+	switch in := c.sock.Conn.(type) {
 	case *eventloop.Conn:
 		c.loop = in
-		sock.control = in.Control
+		c.sock.control = in.Control
 	case syscall.Conn:
 		if raw, err := in.SyscallConn(); err == nil {
-			sock.control = raw.Control
-			if sock.Conn == nc {
+			c.sock.control = raw.Control
+			if c.sock.Conn == nc {
 				c.raw = raw
 			}
 		}
 	}
-	c.sock.Store(sock)
 	c.tcp, _ = nc.(*net.TCPConn)
 	if c.raw != nil {
 		c.waitFn, c.sendFn = c.tryRead, c.trySend
@@ -140,34 +131,18 @@ func newConn(s *Server, nc net.Conn, client *message.Client, ended func()) *conn
 }
 
 // secure: nc is TLS.
-func (c *conn) secure() bool { return c.nc != c.sock.Load().Conn }
+func (c *conn) secure() bool { return c.nc != c.sock.Conn }
 
 // past is a deadline that wakes what waits.
 var past = time.Unix(1, 0)
 
 func isTimeout(err error) bool { return errors.Is(err, os.ErrDeadlineExceeded) }
 
-// serve answers requests until the connection ends, or waits for its next one on a
-// loop.
+// serve answers requests until the connection ends.
 func (c *conn) serve() {
-	after := cmp.Or(c.srv.loopAfter, LoopAfter)
-	if after < 0 && !c.has() && c.adopt() {
-		return
+	for c.turn() {
 	}
-	for turns := 0; ; {
-		switch c.turn() {
-		case over:
-			c.end()
-			return
-		case answered:
-			turns++
-		case unasked:
-			turns = after
-		}
-		if turns >= after && c.adopt() {
-			return
-		}
-	}
+	c.end()
 }
 
 // Start is called by the loop when the connection has something to read, or is to
@@ -180,7 +155,7 @@ func (c *conn) Start(t *eventloop.Task) {
 // answer takes a turn on t, and leaves the connection idle, or ends it.
 func (c *conn) answer(t *eventloop.Task) {
 	c.task = t
-	if c.turn() == over {
+	if !c.turn() {
 		c.end()
 		return
 	}
@@ -192,7 +167,7 @@ func (c *conn) answer(t *eventloop.Task) {
 // then, or the connection's end: what a socket that is waited for on a loop will not
 // tell.
 func (c *conn) has() bool {
-	if c.under == nil || c.stays || c.srv.Loops.Len() == 0 || !c.filled && !c.under.Ahead() {
+	if c.loop == nil || c.under == nil || !c.filled && !c.under.Ahead() {
 		return false
 	}
 	c.under.Hold(true)
@@ -207,73 +182,23 @@ func (c *conn) has() bool {
 	return n > 0 || err != ErrHeld //nolint:errorlint // TLS returns it bare
 }
 
-// adopt moves a connection that waits for its next request to a loop, from where
-// Start goes on. If it reports false nothing has changed.
-func (c *conn) adopt() bool {
-	l := c.srv.Loops.Pick()
-	if l == nil || c.stays {
+// turn waits for a request and answers it, and what has come with it. It reports
+// whether another one may follow.
+func (c *conn) turn() bool {
+	if !c.await() {
 		return false
-	}
-	var on *eventloop.Conn
-	var err error
-	c.mu.Lock() // no deadline is being set
-	c.moving = false
-	switch {
-	case c.under != nil:
-		on, err = c.under.Adopt(l)
-	case c.raw != nil:
-		on, err = l.Adopt(c.nc)
-	default:
-		err = errors.ErrUnsupported
-	}
-	if err != nil {
-		c.stays = true
-		c.mu.Unlock()
-		if c.srv.Log != nil && !errors.Is(err, errors.ErrUnsupported) {
-			c.srv.Log.Debug("a connection stays off the event loops", "error", err)
-		}
-		return false
-	}
-	c.loop = on
-	c.sock.Store(&socket{Conn: on, control: on.Control})
-	if c.under == nil {
-		c.nc, c.tcp, c.raw = on, nil, nil
-	}
-	ph, _ := c.phase.load()
-	if ph == expired || c.interrupted.Load() {
-		_ = on.SetDeadline(past) // which was meant for the old one
-	}
-	c.mu.Unlock()
-	c.release() // what a wait in vain had
-	on.Idle(c)
-	return true
-}
-
-// outcome is what a turn has come to.
-type outcome int
-
-const (
-	over     outcome = iota // no other request follows
-	answered                // one was answered
-	unasked                 // none came, and the connection is wanted on a loop
-)
-
-// turn waits for a request and answers it, and what has come with it.
-func (c *conn) turn() outcome {
-	if o := c.await(); o != answered {
-		return o
 	}
 	c.x = exchanges.Get().(*exchange)
 	for {
 		if !c.readHead() || !c.exchange() {
-			return over
+			return false
 		}
 		if b := c.in.B[c.r:c.w]; len(b) == 0 || string(b) == "\r\n" { // which old clients send after a body
 			if c.release(); !c.has() {
 				break
 			}
 			if c.in == nil {
-				return over
+				return false
 			}
 			c.x = exchanges.Get().(*exchange)
 		}
@@ -281,7 +206,7 @@ func (c *conn) turn() outcome {
 	}
 	// Even if the server drains since: its answer has promised to read on.
 	c.phase.store(idle, c.srv.clock.Load())
-	return answered
+	return true
 }
 
 // release gives back what a waiting connection does not need.
@@ -311,9 +236,9 @@ func (c *conn) end() {
 	}
 }
 
-// await waits for the first bytes of a request, and returns answered when they have
-// come: the turn goes on with them.
-func (c *conn) await() outcome {
+// await waits for the first bytes of a request, and reports whether they have come:
+// the turn goes on with them.
+func (c *conn) await() bool {
 	for {
 		err := c.wait()
 		ph, since := c.phase.load()
@@ -323,50 +248,26 @@ func (c *conn) await() outcome {
 				next = since
 			}
 			if ph != expired && c.phase.move(ph, head, since, next) {
-				return answered
+				return true
 			}
 			// Its time is over, but what has come is answered.
 			c.phase.store(head, next)
 			c.rearm()
-			return answered
+			return true
 		}
 		if !isTimeout(err) || c.interrupted.Load() {
-			return over
+			return false
 		}
 		if c.rearm() != expired {
-			if c.wanted() {
-				return unasked
-			}
 			continue
 		}
 		if !c.pending() {
-			return over
+			return false
 		}
 		// A request came just before the end.
 		c.phase.store(head, c.srv.clock.Load())
 		c.rearm()
 	}
-}
-
-// wanted: the connection is to go to a loop.
-func (c *conn) wanted() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.moving
-}
-
-// move has a connection that waits, without a loop, go to one.
-func (c *conn) move() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if ph, _ := c.phase.load(); ph != idle || c.moving || c.stays || c.srv.Loops.Len() == 0 {
-		return
-	}
-	if _, on := c.sock.Load().Conn.(*eventloop.Conn); on {
-		return
-	}
-	c.moving = true
-	_ = c.sock.Load().SetReadDeadline(past)
 }
 
 // rearm takes off a deadline that was meant for something else, and returns the
@@ -375,7 +276,7 @@ func (c *conn) rearm() phase {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	ph, _ := c.phase.load()
-	sock := c.sock.Load()
+	sock := &c.sock
 	if ph != expired {
 		_ = sock.SetReadDeadline(time.Time{})
 	}
@@ -397,18 +298,6 @@ func (c *conn) wait() error {
 		return nil
 	}
 	c.r, c.w = 0, 0
-	// On a loop something has come already.
-	if c.loop == nil && c.srv.open.Load() > cmp.Or(c.srv.lazyConns, LazyConns) {
-		// The rest is in the record that TLS has decrypted by then.
-		if _, err := io.ReadFull(c.nc, c.one[:]); err != nil {
-			return err
-		}
-		c.in = Get(SmallBuffer)
-		c.in.B[0] = c.one[0]
-		c.w = 1
-		c.filled = true
-		return nil
-	}
 	if c.in == nil {
 		c.in = Get(SmallBuffer)
 	}
@@ -455,7 +344,7 @@ func (c *conn) expireIf(is phase) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if ph, since := c.phase.load(); ph == is && c.phase.move(ph, expired, since, since) {
-		_ = c.sock.Load().SetReadDeadline(past)
+		_ = c.sock.SetReadDeadline(past)
 	}
 }
 
@@ -558,7 +447,7 @@ func (c *conn) refuse(err error) {
 // comes, so that it does not turn the answer into a reset connection.
 func (c *conn) linger(within time.Duration) {
 	c.phase.store(closing, c.srv.clock.Load())
-	sock := c.sock.Load()
+	sock := &c.sock
 	if closeWrite(c.nc) != nil || c.secure() && closeWrite(sock.Conn) != nil {
 		return
 	}
@@ -590,7 +479,7 @@ func closeWrite(c net.Conn) error {
 // drop closes the connection without the good-bye of TLS. With reset, the client
 // cannot take what it got for the whole even if nothing but the end would tell.
 func (c *conn) drop(reset bool) {
-	sock := c.sock.Load()
+	sock := &c.sock
 	if tcp, ok := sock.Conn.(interface{ SetLinger(sec int) error }); ok && reset {
 		_ = tcp.SetLinger(0)
 	}
@@ -663,7 +552,7 @@ func (c *conn) exchange() bool {
 		c.drop(x.mode == untilClose)
 		return false
 	case !x.bodyDone.Load() && (x.closing || !c.drain()), x.closing && (c.r < c.w || x.bodyR < x.bodyW || c.pending()):
-		_ = c.sock.Load().SetReadDeadline(time.Time{})
+		_ = c.sock.SetReadDeadline(time.Time{})
 		c.linger(c.lingerTime())
 		c.drop(false)
 		return false
@@ -705,7 +594,7 @@ func (c *conn) drain() bool {
 	if errors.Is(x.bodyErr, errStopped) {
 		x.bodyErr = nil
 	}
-	_ = c.sock.Load().SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
+	_ = c.sock.SetReadDeadline(time.Now().Add(c.srv.Limits.Linger))
 	c.late.Store(true) // that deadline is meant
 	b := Get(OutBuffer)
 	defer Put(b)
@@ -728,7 +617,7 @@ type pollResult struct{ readable, fin, reset bool }
 
 // poll looks at the socket without reading it.
 func (c *conn) poll() (p pollResult) {
-	sock := c.sock.Load()
+	sock := &c.sock
 	if sock.control == nil {
 		return p
 	}
@@ -751,7 +640,7 @@ func (c *conn) pending() bool {
 // untaken reports whether the client has yet to take something that was sent.
 func (c *conn) untaken() bool {
 	unsent := true
-	_ = c.sock.Load().control(func(fd uintptr) {
+	_ = c.sock.control(func(fd uintptr) {
 		if n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ); err == nil {
 			unsent = n > 0
 		}
@@ -772,8 +661,6 @@ func (c *conn) look(clock int64, every time.Duration) {
 	case idle:
 		if tooOld(since, l.Keep) {
 			c.expireIf(ph)
-		} else if tooOld(since, 0) {
-			c.move()
 		}
 	case exchanging:
 		c.lookAtBody(clock, every)
@@ -789,7 +676,7 @@ func (c *conn) look(clock int64, every time.Duration) {
 			c.writing.CompareAndSwap(began, clock) // the app is slow, not the client
 			return
 		}
-		_ = c.sock.Load().SetWriteDeadline(past)
+		_ = c.sock.SetWriteDeadline(past)
 	}
 }
 
@@ -804,7 +691,7 @@ func (c *conn) lookAtBody(clock int64, every time.Duration) {
 	all := waited + time.Duration(c.bodyWaited.Load())
 	if waited > l.Body+every || all > l.Body+every && float64(c.bodyBytes.Load()) < float64(l.BodyRate)*all.Seconds() {
 		c.late.Store(true)
-		_ = c.sock.Load().SetReadDeadline(past)
+		_ = c.sock.SetReadDeadline(past)
 	}
 }
 

@@ -355,7 +355,7 @@ func (c *conn) Trailer() []message.Field {
 func (c *conn) StopBody() {
 	c.stopped.Store(true)
 	if c.reading.Load() != 0 {
-		_ = c.sock.Load().SetReadDeadline(past)
+		_ = c.sock.SetReadDeadline(past)
 	}
 }
 
@@ -659,7 +659,7 @@ func (c *conn) leave() {
 // Interrupt implements message.Exchange.
 func (c *conn) Interrupt() {
 	c.interrupted.Store(true)
-	_ = c.sock.Load().SetDeadline(past)
+	_ = c.sock.SetDeadline(past)
 }
 
 // Tunnel implements message.Exchange.
@@ -702,7 +702,7 @@ func (s *stream) CloseWrite() error {
 	if err := closeWrite(s.nc); err != nil || !(*conn)(s).secure() {
 		return err
 	}
-	return closeWrite(s.sock.Load().Conn)
+	return closeWrite(s.sock.Conn)
 }
 
 // Close may come twice.

@@ -353,7 +353,7 @@ func FuzzServer(f *testing.F) {
 		}
 		_ = closeWrite(c.Conn)
 		_, _ = io.Copy(io.Discard, c) // a reset, too, is an end
-		until(t, "the connection has ended", func() bool { return s.open.Load() == 0 })
+		until(t, "the connection has ended", func() bool { return int64(len(s.all(nil))) == 0 })
 
 		mu.Lock()
 		defer mu.Unlock()

@@ -14,15 +14,9 @@ import (
 )
 
 const (
-	// LazyConns is the number of connections beyond which one over TLS that waits
-	// for its next request holds no buffer.
-	LazyConns = 1000
 	// GoneTime is the age of an exchange from which it is looked at whether its
 	// client is still there.
 	GoneTime = time.Second
-	// LoopAfter is how many requests a connection brings before it goes to a loop: one
-	// that brings a single request, as many do, would pay for nothing.
-	LoopAfter = 2
 	// shutdownTime is how often Shutdown looks for connections that have come to wait.
 	shutdownTime = 10 * time.Millisecond
 	// sweepTime is how often all connections are looked at, at most.
@@ -35,26 +29,16 @@ const (
 // Limits are kept by a sweep over all connections, a second apart or a quarter of
 // the shortest limit, and are passed by up to two sweeps, never cut short.
 type Server struct {
-	Handler message.Handler
-	Limits  message.Limits
-	Log     hclog.Logger
-	// Loops is where connections go that wait for another request after their second,
-	// and are served from then on; nil for nowhere. The handler finds the task by a method Task of
-	// the exchange, and may wait only as tasks may.
-	Loops *eventloop.Group
-
-	// Of tests; 0 is GoneTime, LazyConns and LoopAfter, which is from the beginning on
-	// if it is negative.
-	goneTime  time.Duration
-	lazyConns int64
-	loopAfter int
+	Handler  message.Handler
+	Limits   message.Limits
+	Log      hclog.Logger
+	goneTime time.Duration // of tests; 0 is GoneTime
 
 	draining atomic.Bool
 	// clock counts nanoseconds, as far as the sweeps have seen them pass; 0 is no
 	// time. A stop of the whole process is not counted: it is nobody's fault.
 	clock atomic.Int64
 	date  atomic.Pointer[[]byte] // the Date field of answers that have none
-	open  atomic.Int64           // connections
 
 	mu     sync.Mutex
 	conns  map[*conn]struct{} // guarded by mu
@@ -65,23 +49,24 @@ type Server struct {
 
 // Serve answers the requests of c until it ends, and closes it. C is a TCP or
 // Unix connection, or TLS over one, after its handshake. Client is what all its
-// exchanges say of the other end. Ended, if not nil, is called at the end, which
-// may be after Serve has returned: then the connection is on a loop.
-func (s *Server) Serve(c net.Conn, client *message.Client, ended func()) {
-	conn := newConn(s, c, client, ended)
+// exchanges say of the other end.
+func (s *Server) Serve(c net.Conn, client *message.Client) {
+	conn := newConn(s, c, client, nil)
 	if !s.add(conn) {
 		_ = c.Close()
-		if ended != nil {
-			ended()
-		}
 		return
 	}
 	conn.serve()
 }
 
-// ServeOn is Serve for a connection that is on a loop, or for TLS over one that is:
-// its requests are answered there. T is the task that did the handshake and owns it,
-// nil if nothing was read yet; it is over when ServeOn returns.
+// ServeOn is Serve for a connection that is on an event loop, or for TLS over one
+// that is, by a ReadAhead: its requests are answered there. It does not wait for
+// that, but calls ended, if not nil, at the connection's end. T is the task that has
+// done the handshake and owns it, whose last act ServeOn is; it is nil if nobody
+// has read anything.
+//
+// The handler finds the task of a request by a method Task of the exchange, and may
+// wait only as tasks may.
 func (s *Server) ServeOn(t *eventloop.Task, c net.Conn, client *message.Client, ended func()) {
 	conn := newConn(s, c, client, ended)
 	switch {
@@ -144,7 +129,7 @@ func (s *Server) Close() {
 	s.Drain()
 	for _, c := range s.all(nil) {
 		c.Interrupt()
-		_ = c.sock.Load().Close()
+		_ = c.sock.Close()
 	}
 }
 
@@ -209,7 +194,6 @@ func (s *Server) add(c *conn) bool {
 	}
 	c.phase.store(fresh, s.clock.Load())
 	s.conns[c] = struct{}{}
-	s.open.Add(1)
 	return true
 }
 
@@ -217,7 +201,6 @@ func (s *Server) remove(c *conn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.conns, c)
-	s.open.Add(-1)
 	if len(s.conns) > 0 {
 		return
 	}

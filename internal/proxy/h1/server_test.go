@@ -98,14 +98,6 @@ func (b *beneath) Read(p []byte) (int, error) {
 
 func (b *beneath) NetConn() net.Conn { return b.Conn }
 
-func (b *beneath) Adopt(l *eventloop.Loop) (*eventloop.Conn, error) {
-	on, err := l.Adopt(b.Conn)
-	if err == nil {
-		b.Conn = on
-	}
-	return on, err
-}
-
 // say answers with a body of known length.
 func say(x message.Exchange, status int, body string) error {
 	if err := x.Begin(&message.Response{Status: status, Length: int64(len(body)), HasLength: true}); err != nil {
@@ -172,6 +164,12 @@ func serveOn(t testing.TB, network string, l message.Limits, secure *tls.Config,
 // start has s serve what connects to a new address.
 func start(t testing.TB, network string, of *Server, secure *tls.Config) *server {
 	t.Helper()
+	return startOn(t, loops, network, of, secure)
+}
+
+// startOn is start on loops, or with a goroutine for each connection if g is nil.
+func startOn(t testing.TB, g *eventloop.Group, network string, of *Server, secure *tls.Config) *server {
+	t.Helper()
 	addr := "127.0.0.1:0"
 	if network == "unix" {
 		dir, err := os.MkdirTemp("", "h1") //nolint:usetesting // a name of the test's would be too long for a socket
@@ -185,37 +183,75 @@ func start(t testing.TB, network string, of *Server, secure *tls.Config) *server
 	if err != nil {
 		t.Fatal(err)
 	}
-	if loops != nil {
-		of.Loops, of.loopAfter = loops, -1
-	}
 	s := &server{Server: of, t: t, l: ln, tls: secure}
-	s.refs.Go(func() {
-		for {
-			nc, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			s.refs.Add(1)
-			go func() {
-				if secure != nil {
-					tc := tls.Server(&beneath{Conn: nc}, secure)
-					if tc.Handshake() != nil {
-						_ = nc.Close()
-						s.refs.Done()
-						return
-					}
-					nc = tc
-				}
-				s.Serve(nc, &message.Client{Secure: secure != nil}, s.refs.Done)
-			}()
+	var closing io.Closer = ln
+	if g == nil {
+		s.refs.Go(s.accept)
+	} else {
+		if l, ok := ln.(*net.UnixListener); ok {
+			l.SetUnlinkOnClose(false) // the path is needed
 		}
-	})
+		on, err := g.Listen(ln)
+		if err != nil {
+			t.Fatal(err)
+		}
+		closing = on
+		s.refs.Go(func() { on.Serve(s.arrive, func(err error) time.Duration { t.Error(err); return time.Millisecond }) })
+	}
 	t.Cleanup(func() {
-		_ = ln.Close()
+		_ = closing.Close()
 		s.Close()
 		s.refs.Wait()
 	})
 	return s
+}
+
+// accept accepts without loops.
+func (s *server) accept() {
+	for {
+		nc, err := s.l.Accept()
+		if err != nil {
+			return
+		}
+		s.refs.Go(func() {
+			if s.tls != nil {
+				tc := tls.Server(&beneath{Conn: nc}, s.tls)
+				if tc.Handshake() != nil {
+					_ = nc.Close()
+					return
+				}
+				nc = tc
+			}
+			s.Serve(nc, &message.Client{Secure: s.tls != nil})
+		})
+	}
+}
+
+// arrive takes what a loop has accepted.
+func (s *server) arrive(c *eventloop.Conn) {
+	s.refs.Add(1)
+	if s.tls == nil {
+		s.ServeOn(nil, c, &message.Client{}, s.refs.Done)
+		return
+	}
+	c.Idle(handshake{s, c})
+}
+
+// handshake is that of a connection on a loop.
+type handshake struct {
+	s *server
+	c *eventloop.Conn
+}
+
+func (h handshake) Start(t *eventloop.Task) {
+	h.c.Own(t)
+	tc := tls.Server(&beneath{Conn: h.c}, h.s.tls)
+	if tc.Handshake() != nil {
+		_ = h.c.Close()
+		h.s.refs.Done()
+		return
+	}
+	h.s.ServeOn(t, tc, &message.Client{Secure: true}, h.s.refs.Done)
 }
 
 func serve(t testing.TB, l message.Limits, h handlerFunc) *server {
@@ -1281,23 +1317,6 @@ func TestAnAnswerBegunBeforeADrainIsNotTheLast(t *testing.T) {
 		t.Errorf("%+v", resp)
 	}
 	s.Shutdown(t.Context())
-	c.ends()
-}
-
-func TestManyConnectionsOverTLSWaitWithoutABuffer(t *testing.T) {
-	of := &Server{Handler: handlerFunc(echo), Limits: limits(), lazyConns: -1}
-	s := start(t, "tcp", of, serverTLS(t))
-	c := s.dial()
-	for range 3 {
-		c.send("POST /b HTTP/1.1\r\nHost: h\r\nContent-Length: 5\r\n\r\nhello").want(200, "POST /b hello")
-	}
-	until(t, "the connection waits", func() bool { _, idle := s.Count(); return idle == 1 })
-	for _, conn := range s.all(nil) {
-		if conn.in != nil || conn.x != nil {
-			t.Error("it has memory")
-		}
-	}
-	s.CloseIdle() // ordered after the look above, which the client's end is not
 	c.ends()
 }
 

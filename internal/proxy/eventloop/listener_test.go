@@ -1,0 +1,252 @@
+package eventloop
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// listen returns a listener of package net.
+func listen(t *testing.T, network string) net.Listener {
+	t.Helper()
+	addr := "127.0.0.1:0"
+	if network == "unix" {
+		dir, err := os.MkdirTemp("", "loop") //nolint:usetesting // a name of the test's would be too long for a socket
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.RemoveAll(dir) })
+		addr = filepath.Join(dir, "s")
+	}
+	ln, err := net.Listen(network, addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u, ok := ln.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
+	t.Cleanup(func() { ln.Close() })
+	return ln
+}
+
+// listening is a Listener that serves until the end of the test.
+type listening struct {
+	*Listener
+	served chan struct{}
+}
+
+// onLoops has the loops accept from ln.
+func onLoops(t *testing.T, g *Group, ln net.Listener, take func(*Conn), trouble func(error) time.Duration) *listening {
+	t.Helper()
+	on, err := g.Listen(ln)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if trouble == nil {
+		trouble = func(err error) time.Duration { t.Error(err); return time.Millisecond }
+	}
+	l := &listening{on, make(chan struct{})}
+	go func() { defer close(l.served); on.Serve(take, trouble) }()
+	t.Cleanup(func() { l.Close(); await(t, l.served) })
+	return l
+}
+
+func dial(t *testing.T, to net.Addr) net.Conn {
+	t.Helper()
+	c, err := net.Dial(to.Network(), to.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func TestListenerAcceptsOnItsLoops(t *testing.T) {
+	each(t, func(t *testing.T, network string) {
+		g := newGroup(t, 2)
+		ln := listen(t, network)
+		var remote sync.Map
+		l := onLoops(t, g, ln, func(c *Conn) {
+			remote.Store(c.RemoteAddr().String(), c.LocalAddr().String())
+			if network == "tcp" {
+				for name, o := range map[string][3]int{"nodelay": {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}, "keepalive": {unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1}, "idle": {unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, 15}} {
+					if n, err := unix.GetsockoptInt(c.fd, o[0], o[1]); err != nil || n != o[2] {
+						t.Errorf("%s: %d, %v", name, n, err)
+					}
+				}
+			}
+			c.Idle(&echo{c: c, closed: make(chan struct{})})
+		}, nil)
+		if l.Addr().String() != ln.Addr().String() {
+			t.Errorf("it listens on %s, want %s", l.Addr(), ln.Addr())
+		}
+		for i := range 100 {
+			c := dial(t, l.Addr())
+			sent := noise(i, 3000)
+			go func() { _, _ = c.Write(sent) }()
+			same(t, readFull(t, c, len(sent)), sent)
+			if network == "tcp" {
+				if local, ok := remote.Load(c.LocalAddr().String()); !ok || local != c.RemoteAddr().String() {
+					t.Errorf("the connection of %s is at %v, want %s", c.LocalAddr(), local, c.RemoteAddr())
+				}
+			}
+			defer c.Close()
+		}
+		until(t, func() bool { return g.Conns() == 100 })
+		// Neither has far more than the other.
+		for i, l := range g.loops {
+			other := g.loops[1-i].conns.Load()
+			if n := l.conns.Load(); n > other+other/8+moreConns+1 {
+				t.Errorf("a loop has %d connections, the other %d", n, other)
+			}
+		}
+	})
+}
+
+func TestClosedListenerLeavesItsQueueToOthers(t *testing.T) {
+	each(t, func(t *testing.T, network string) {
+		g := newGroup(t, 2)
+		ln := listen(t, network)
+		f, err := ln.(interface{ File() (*os.File, error) }).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		other, err := net.FileListener(f)
+		f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		// Whoever connects is taken by the loops, or by the other.
+		var taken atomic.Int64
+		l := onLoops(t, g, ln, func(c *Conn) { taken.Add(1); _ = c.Close() }, nil)
+		const storm = 300
+		half := make(chan struct{})
+		var clients sync.WaitGroup
+		clients.Go(func() {
+			for i := range storm {
+				if i == storm/2 {
+					close(half)
+				}
+				dial(t, other.Addr()).Close()
+			}
+		})
+		await(t, half)
+		until(t, func() bool { return taken.Load() > 0 })
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+		await(t, l.served)
+		before := taken.Load()
+		clients.Wait()
+		for n := before; n < storm; n++ {
+			if d, ok := other.(interface{ SetDeadline(time.Time) error }); ok {
+				_ = d.SetDeadline(time.Now().Add(patience))
+			}
+			c, err := other.Accept()
+			if err != nil {
+				t.Fatalf("%d of %d connections have been accepted: %v", n, storm, err)
+			}
+			c.Close()
+		}
+		if n := taken.Load(); n != before {
+			t.Errorf("%d were taken after Serve had returned", n-before)
+		}
+		for _, end := range l.ends {
+			info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", end.loop.ep))
+			if err != nil || regexp.MustCompile(fmt.Sprintf(`tfd: +%d `, end.fd)).Match(info) {
+				t.Errorf("a loop hears of it still: %v\n%s", err, info)
+			}
+		}
+		if err := l.Close(); err != nil {
+			t.Errorf("closed again: %v", err)
+		}
+	})
+}
+
+func TestListenerWaitsOutTrouble(t *testing.T) {
+	g := newGroup(t, 1)
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	taken, told := make(chan struct{}), make(chan error, 1)
+	l := onLoops(t, g, listen(t, "tcp"), func(c *Conn) { _ = c.Close(); close(taken) }, func(err error) time.Duration {
+		if e := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); e != nil {
+			t.Error(e)
+		}
+		select {
+		case told <- err:
+		default:
+		}
+		return time.Millisecond
+	})
+	settle(t, g.loops[0])
+	held, hold := make(chan struct{}), make(chan struct{})
+	begin(g.loops[0], func(*Task) { close(held); <-hold }) // which stops the loop
+	await(t, held)
+	c := dial(t, l.Addr())
+	free, err := unix.FcntlInt(0, unix.F_DUPFD_CLOEXEC, 3) // the least number that is free
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = syscall.Close(free)
+	few := limit
+	few.Cur = uint64(free)
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &few); err != nil {
+		t.Fatal(err)
+	}
+	close(hold)
+	if err := await(t, told); !errors.Is(err, syscall.EMFILE) {
+		t.Errorf("told %v", err)
+	}
+	await(t, taken)
+	if _, err := c.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // connections return it bare
+		t.Errorf("the connection: %v", err)
+	}
+}
+
+func TestListenerThatNoLoopCanTakeStaysUsable(t *testing.T) {
+	ln := listen(t, "tcp")
+	for name, g := range map[string]*Group{
+		"without loops": nil,
+		"epoll fails":   {table: make([]atomic.Pointer[Conn], 1<<16), loops: []*Loop{{ep: -1}}},
+	} {
+		for _, l := range g.all() {
+			l.group = g
+		}
+		before := descriptors(t, "socket")
+		if on, err := g.Listen(ln); err == nil {
+			t.Errorf("%s: it listens", name)
+			_ = on.Close()
+		}
+		if n := descriptors(t, "socket"); n != before {
+			t.Errorf("%s: %d sockets, %d before", name, n, before)
+		}
+	}
+	dial(t, ln.Addr())
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+}
+
+// all are the loops of a group that may be nil.
+func (g *Group) all() []*Loop {
+	if g == nil {
+		return nil
+	}
+	return g.loops
+}
