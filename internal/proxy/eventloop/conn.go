@@ -276,7 +276,7 @@ func (c *Conn) Read(b []byte) (int, error) {
 			c.waitLocked(s)
 			continue
 		}
-		n, _, errno := syscall.RawSyscall(syscall.SYS_READ, uintptr(c.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+		n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(c.fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), 0, 0, 0)
 		switch {
 		case again(errno):
 		case errno == syscall.EAGAIN:
@@ -319,7 +319,7 @@ func (c *Conn) Write(b []byte) (int, error) {
 			c.step()
 			return done, nil
 		}
-		n, _, errno := syscall.RawSyscall(syscall.SYS_WRITE, uintptr(c.fd), uintptr(unsafe.Pointer(&b[done])), uintptr(len(b)-done))
+		n, _, errno := syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(c.fd), uintptr(unsafe.Pointer(&b[done])), uintptr(len(b)-done), unix.MSG_NOSIGNAL, 0, 0)
 		switch {
 		case again(errno):
 		case errno == 0:
