@@ -58,10 +58,10 @@ func run() int {
 	defer stop()
 	conf := proxy.Config{Channel: channel, Version: version.String(), Loops: runtime.GOMAXPROCS(0)}
 	conf.Busy = func(busy bool) {
-		// Busy event loops keep what runs goroutines: all else gets some beside.
+		// Busy event loops hold what runs goroutines: all else gets as much beside.
 		n := conf.Loops
 		if busy {
-			n += (n + 1) / 2
+			n *= 2
 		}
 		runtime.GOMAXPROCS(n)
 	}

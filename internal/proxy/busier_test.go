@@ -1,34 +1,43 @@
 package proxy
 
 import (
+	"slices"
 	"testing"
 	"time"
+
+	"tako/internal/proxy/eventloop"
 )
 
-// Loops become busy by more than BusyTurns a second, and stay so until they have
-// half of that.
-func TestLoopsAreBusyUntilTheyTurnHalfAsOften(t *testing.T) {
-	const most = BusyTurns * int64(TrafficEvery) / int64(time.Second)
-	busy := false
-	for n, step := range []struct {
-		turns      int64
-		news, busy bool
-	}{
-		{0, false, false},
-		{most/2 + 1, false, false},
-		{most, false, false},
-		{most + 1, true, true},
-		{most + 1, false, true},
-		{most, false, true},
-		{most/2 + 1, false, true},
-		{most / 2, true, false},
-		{most, false, false},
-		{10 * most, true, true},
-		{0, true, false},
-		{0, false, false},
-	} {
-		if news := busier(&busy, step.turns); news != step.news || busy != step.busy {
-			t.Errorf("step %d, %d turns: news %t, busy %t; want %t, %t", n, step.turns, news, busy, step.news, step.busy)
-		}
+// Loops are busy from a rush on, and stay so while they turn half as often.
+func TestLoopsHoldTheirPlacesWhileTheyAreBusy(t *testing.T) {
+	g := group(t, 1)
+	var told []bool
+	b := busyness{loops: g, tell: func(is bool) {
+		told = append(told, is)
+	}}
+	b.look()
+	b.rushes()
+	b.rushes()
+	if want := []bool{true}; !slices.Equal(told, want) || !b.busy {
+		t.Errorf("after a rush: told %v, busy %t", told, b.busy)
 	}
+	b.look() // it has been so for a moment only
+	if !b.busy {
+		t.Error("not busy at the first look after a rush")
+	}
+	const least = eventloop.BusyTurns * int64(TrafficEvery) / int64(time.Second) / 2
+	b.turns = g.Turns() - least
+	if b.look(); !b.busy {
+		t.Errorf("not busy with %d turns", least)
+	}
+	b.turns = g.Turns() - least + 1
+	if b.look(); b.busy {
+		t.Errorf("busy with %d turns", least-1)
+	}
+	b.look()
+	b.rushes()
+	if want := []bool{true, false, true}; !slices.Equal(told, want) {
+		t.Errorf("told %v, want %v", told, want)
+	}
+	b.loops.Hold(false)
 }

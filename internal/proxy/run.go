@@ -30,8 +30,6 @@ import (
 const (
 	// TrafficEvery is how often the master is told of traffic.
 	TrafficEvery = time.Second
-	// BusyTurns is from how many turns a second on the event loops are busy.
-	BusyTurns = 2000
 	// QuickRequests is what requests in flight get when the master has gone, or the
 	// process is asked to leave by a signal. Streams get nothing.
 	QuickRequests = 5 * time.Second
@@ -56,9 +54,9 @@ type Config struct {
 	Limits message.Limits
 	// Loops is the number of event loops; 0 is one for each processor.
 	Loops int
-	// Busy, if set, is told true when the event loops begin to keep their places with
-	// the scheduler more often than BusyTurns times a second, and false when it is less
-	// than half as often.
+	// Busy, if set, is told true before the event loops begin to hold their places with
+	// the scheduler, since they turn more than eventloop.BusyTurns times a second, and
+	// false when they do so no more, less than half as often.
 	Busy func(bool)
 }
 
@@ -557,14 +555,35 @@ func (p *process) allTraffic() []wire.AppTraffic {
 	return all
 }
 
-// busier says, by the turns of loops in TrafficEvery, whether they are busy, and
-// reports whether that is news. They are till they have half as many.
-func busier(busy *bool, turns int64) bool {
-	const most = BusyTurns * int64(TrafficEvery/time.Second)
-	is := turns > most || *busy && turns > most/2
-	news := is != *busy
-	*busy = is
-	return news
+// busyness is whether the event loops are busy: from when they say so on, until they
+// turn less than half as often.
+type busyness struct {
+	loops  *eventloop.Group
+	tell   func(bool) // Config.Busy
+	busy   bool
+	turns  int64 // of the loops, at the last look
+	recent bool  // it is busy since the last look
+}
+
+// rushes is at a rush of the loops.
+func (b *busyness) rushes() {
+	if !b.busy {
+		b.busy, b.recent = true, true
+		b.tell(true)
+		b.loops.Hold(true)
+	}
+}
+
+// look is each TrafficEvery.
+func (b *busyness) look() {
+	const least = eventloop.BusyTurns * int64(TrafficEvery) / int64(time.Second) / 2
+	turns := b.loops.Turns()
+	if b.busy && !b.recent && turns-b.turns < least {
+		b.busy = false
+		b.loops.Hold(false)
+		b.tell(false)
+	}
+	b.turns, b.recent = turns, false
 }
 
 // report tells the master of traffic, and has every pool close what is idle for
@@ -575,20 +594,23 @@ func (p *process) report(ctx context.Context) {
 		ended   int64
 	}
 	last := make(map[tako.AppID]seen)
-	turns, busy := p.loops.Turns(), false
+	busy := busyness{loops: p.loops, tell: p.cfg.Busy}
+	var rush <-chan struct{}
+	if p.cfg.Busy != nil {
+		rush = p.loops.Rush()
+	}
 	tick := time.NewTicker(TrafficEvery)
 	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-rush:
+			busy.rushes()
+			continue
 		case <-tick.C:
 		}
-		now := p.loops.Turns()
-		if p.cfg.Busy != nil && busier(&busy, now-turns) {
-			p.cfg.Busy(busy)
-		}
-		turns = now
+		busy.look()
 		if p.retell.Swap(false) {
 			clear(last)
 		}

@@ -19,8 +19,13 @@ const (
 	MaxDescriptor = 1 << 17
 	// maxEvents is how many events are taken from the kernel at once.
 	maxEvents = 256
-	// shortSleep is how long a loop without events keeps its place with the scheduler.
+	// shortSleep is how long a loop without events keeps its place with the scheduler,
+	// if it does not hold it.
 	shortSleep = 20 * time.Microsecond
+	// BusyTurns is from how many turns a second on a loop is busy.
+	BusyTurns = 2000
+	// rushTurns is after how many turns it is looked at how many that is a second.
+	rushTurns = 64
 	// maxSpare is how many tasks without work a loop keeps, with their stacks.
 	maxSpare = 64
 )
@@ -32,6 +37,8 @@ type Group struct {
 	table []atomic.Pointer[Conn] // by descriptor; of all loops
 	gen   atomic.Int32           // of the Conn that joined last
 	over  atomic.Bool
+	holds atomic.Bool
+	rush  chan struct{} // has room for one
 }
 
 // NewGroup starts n loops. Close ends them.
@@ -40,7 +47,7 @@ func NewGroup(n int) (*Group, error) {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil {
 		return nil, fmt.Errorf("the limit of open files: %w", err)
 	}
-	g := &Group{table: make([]atomic.Pointer[Conn], min(files.Cur, MaxDescriptor))}
+	g := &Group{table: make([]atomic.Pointer[Conn], min(files.Cur, MaxDescriptor)), rush: make(chan struct{}, 1)}
 	for i := range n {
 		l := &Loop{group: g, index: i, ended: make(chan struct{})}
 		if err := l.open(); err != nil {
@@ -87,6 +94,21 @@ func (g *Group) Conns() (n int64) {
 	return n
 }
 
+// Hold has the loops keep their places with the scheduler (see runtime.GOMAXPROCS)
+// while they sleep, until the runtime takes them back, which is after ten milliseconds
+// or so, and at once to stop the world. There have to be as many places more for
+// all else. It is for loops that are busy: their sleeps are short then, and a timer to
+// end each would cost more than they do.
+func (g *Group) Hold(is bool) { g.holds.Store(is) }
+
+// Rush tells that a loop which does not hold its place has begun to be busy.
+func (g *Group) Rush() <-chan struct{} {
+	if g == nil {
+		return nil
+	}
+	return g.rush
+}
+
 // Turns counts how often a loop has found something to do without leaving its place
 // with the scheduler to others.
 func (g *Group) Turns() (n int64) {
@@ -131,6 +153,8 @@ type Loop struct {
 	clock  time.Time // of the last look
 	due    []job
 	spare  []*Task
+	lately int       // turns since
+	since  time.Time // this
 	events [maxEvents]unix.EpollEvent
 }
 
@@ -227,30 +251,64 @@ func (l *Loop) poll() int {
 	l.mu.Unlock()
 	// First without telling the scheduler. A busy loop need not, and shortSleep is no
 	// longer than the scheduler would leave it its place anyway.
-	long := unix.Timespec{Nsec: int64(shortSleep)}
-	if due {
-		long.Nsec = 0
+	var n int
+	switch {
+	case due:
+		n = l.turn(0)
+	case l.group.holds.Load():
+		n = l.turn(-1)
+	default:
+		n = l.shortTurn()
 	}
-	if n := l.wait(&long); n > 0 || due {
+	if n > 0 || due {
 		return n
 	}
+	// A raw call may have been ended by a signal of the runtime, which wants its place.
 	forever := -1
-	n, _, errno := syscall.Syscall6(syscall.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(forever), 0, 0)
+	events, _, errno := syscall.Syscall6(syscall.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(forever), 0, 0)
 	if errno != 0 {
 		return 0 // a signal
 	}
-	return int(n)
+	return int(events)
 }
 
-// wait waits for events that long, without telling the scheduler. A kernel that
-// lacks the call, before Linux 5.11, has none.
-func (l *Loop) wait(long *unix.Timespec) int {
-	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(unsafe.Pointer(long)), 0, 0)
+// turn waits for events, without telling the scheduler: not at all, for 0, or until
+// there is one or a signal, for -1.
+func (l *Loop) turn(long int) int {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(long), 0, 0)
+	return l.turned(n, errno)
+}
+
+// shortTurn waits for events for shortSleep, without telling the scheduler. A kernel
+// that lacks the call, before Linux 5.11, has none.
+func (l *Loop) shortTurn() int {
+	long := unix.Timespec{Nsec: int64(shortSleep)}
+	n, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_PWAIT2, uintptr(l.ep), uintptr(unsafe.Pointer(&l.events)), maxEvents, uintptr(unsafe.Pointer(&long)), 0, 0)
+	return l.turned(n, errno)
+}
+
+func (l *Loop) turned(n uintptr, errno syscall.Errno) int {
 	if errno != 0 || n == 0 {
 		return 0
 	}
 	l.turns.Add(1)
+	if l.lately++; l.lately >= rushTurns {
+		l.lookForRush()
+	}
 	return int(n)
+}
+
+// lookForRush is after rushTurns turns.
+func (l *Loop) lookForRush() {
+	now := time.Now()
+	took := now.Sub(l.since)
+	l.lately, l.since = 0, now
+	if took <= rushTurns*time.Second/BusyTurns && !l.group.holds.Load() {
+		select {
+		case l.group.rush <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // begin starts a task for s.
