@@ -7,11 +7,11 @@
 // the build tag poison a buffer is filled with 0xDB when it goes back to its
 // pool, so that a view kept too long shows in the tests.
 //
-// The server has one goroutine for each connection, or, for those that are kept
-// and have brought a few requests, the tasks of event loops (package eventloop). It
-// has no timer for any: a sweep over all of them keeps the limits, and tells a handler
-// of a client that has gone. A connection that waits for its next request holds no buffer. An answer
-// that is not whole never looks as if it were.
+// The server answers a connection by tasks of an event loop (package eventloop), or,
+// where there are no loops, by one goroutine. It has no timer for any: a sweep over
+// all of them keeps the limits, and tells a handler of a client that has gone. A
+// connection that waits for its next request holds no buffer. An answer that is not
+// whole never looks as if it were.
 //
 // Routes, apps, trust and what an answer says are the handler's matter.
 package h1
