@@ -150,7 +150,7 @@ func (f *own) greet(c net.Conn, client *message.Client, s seat) {
 		f.left(s)
 		return
 	}
-	served, s, ok := f.introduce(c, nil, client, s)
+	served, s, ok := f.introduce(c, nil, client, s, time.Now().Add(f.limits.Head))
 	if !f.done(c) || !ok {
 		_ = c.Close()
 		f.left(s)
@@ -180,20 +180,26 @@ func (f *own) done(c net.Conn) bool {
 }
 
 // introduce learns who the client is and does the handshake, on a goroutine or on t,
-// and returns what is to be served. It reports false if nothing is.
-func (f *own) introduce(c net.Conn, t *eventloop.Task, client *message.Client, s seat) (net.Conn, seat, bool) {
-	announced, err := f.door.announced(c, time.Now().Add(f.limits.Head))
+// and returns what is to be served, without deadlines. It reports false if nothing
+// is, or the time is over: the handshake has as much as Limits.Head after an
+// announcement.
+func (f *own) introduce(c net.Conn, t *eventloop.Task, client *message.Client, s seat, by time.Time) (net.Conn, seat, bool) {
+	announced, err := f.door.announced(c, by)
 	if err == nil {
 		s, err = s.announce(announced, client)
+	}
+	if !announced.Local {
+		by = time.Now().Add(f.limits.Head)
 	}
 	if err != nil {
 		f.log.Debug("connection refused", "peer", c.RemoteAddr(), "error", err)
 		return nil, s, false
 	}
 	if !client.Secure {
+		_ = c.SetReadDeadline(time.Time{}) // a closed connection shows when it is read
 		return c, s, true
 	}
-	_ = c.SetDeadline(time.Now().Add(f.limits.Head)) // a closed connection shows in the handshake
+	_ = c.SetDeadline(by) // or in the handshake
 	beneath := tlsSocketOf(c)
 	if t != nil {
 		beneath = &tlsSocket{Conn: c, task: t}
@@ -224,8 +230,9 @@ func (f *own) arrive(c *eventloop.Conn, secure bool) {
 		_ = c.Close()
 		f.left(s)
 	default:
-		_ = c.SetReadDeadline(time.Now().Add(f.limits.Head))
-		c.Idle(&arrival{f: f, c: c, client: client, seat: s})
+		by := time.Now().Add(f.limits.Head)
+		_ = c.SetReadDeadline(by)
+		c.Idle(&arrival{f: f, c: c, client: client, seat: s, by: by})
 	}
 }
 
@@ -235,13 +242,14 @@ type arrival struct {
 	c      *eventloop.Conn
 	client *message.Client
 	seat   seat
+	by     time.Time // when its time for that is over
 }
 
 // Start greets the client, and has the connection served.
 func (a *arrival) Start(t *eventloop.Task) {
 	f, c := a.f, a.c
 	c.Own(t)
-	served, s, ok := f.introduce(c, t, a.client, a.seat)
+	served, s, ok := f.introduce(c, t, a.client, a.seat, a.by)
 	if !f.done(c) || !ok {
 		_ = c.Close()
 		f.left(s)

@@ -52,6 +52,11 @@ type looped struct {
 
 func onLoops(t testing.TB, h message.Handler) *looped {
 	t.Helper()
+	return onLoopsWithin(t, message.DefaultLimits(), h)
+}
+
+func onLoopsWithin(t testing.TB, limits message.Limits, h message.Handler) *looped {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), cryptorand.Reader)
 	check0(t, err)
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"blog.test"}}
@@ -60,7 +65,7 @@ func onLoops(t testing.TB, h message.Handler) *looped {
 	log := hclog.NewNullLogger()
 	g := group(t, 2)
 	f := newOwn(h, &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}},
-		newDoorman(10_000, func(netip.Addr) bool { return false }, log), message.DefaultLimits(), log)
+		newDoorman(10_000, func(netip.Addr) bool { return false }, log), limits, log)
 	f.door.announces = func() bool { return false }
 	lf := &looped{own: f, t: t, loops: g}
 	var serving sync.WaitGroup
@@ -256,6 +261,52 @@ func TestEveryAnswerOnLoopsIsItsOwnClients(t *testing.T) {
 	f.until("nobody is connected", func() bool { return f.open.Load() == 0 })
 	pool.Retire()
 	f.until("nothing is left on the loops", func() bool { open, _ := pool.Conns(); return open == 0 && f.loops.Conns() == 0 })
+}
+
+// A handshake has Limits.Head from the connection's beginning on, however little of it
+// comes.
+func TestHandshakesOnLoopsEndInTime(t *testing.T) {
+	const head = time.Second
+	limits := message.DefaultLimits()
+	limits.Head = head
+	f := onLoopsWithin(t, limits, exchangeFunc(func(x message.Exchange) { answer(x, http.StatusOK, "") }))
+	hello := "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" // the beginning of one
+	for name, send := range map[string]func(c net.Conn){
+		"silent":   func(net.Conn) {},
+		"one byte": func(c net.Conn) { _, _ = io.WriteString(c, hello[:1]) },
+		"late":     func(c net.Conn) { time.Sleep(head * 3 / 4); _, _ = io.WriteString(c, hello) },
+		"drops": func(c net.Conn) {
+			for i := range hello {
+				_, _ = io.WriteString(c, hello[i:i+1])
+				time.Sleep(head / 8)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, err := net.Dial("tcp", f.secure.Addr().String())
+			check0(t, err)
+			defer c.Close()
+			began := time.Now()
+			go send(c)
+			_ = c.SetReadDeadline(began.Add(patience))
+			if n, err := c.Read(make([]byte, 1)); n > 0 || err == nil {
+				t.Errorf("%d bytes, %v", n, err)
+			}
+			// Not the time of a machine that is busy, but less than twice as much.
+			if took := time.Since(began); took < head || took > head*19/10 {
+				t.Errorf("it ended after %s, want %s", took, head)
+			}
+		})
+	}
+	t.Run("a request right after the handshake", func(t *testing.T) {
+		c, br := f.dial(true)
+		defer c.Close()
+		_, _ = io.WriteString(c, "GET / HTTP/1.1\r\nHost: blog.test\r\n\r\n")
+		if resp, err := http.ReadResponse(br, nil); err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("%+v, %v", resp, err)
+		}
+	})
 }
 
 // An app of few places, whose instances come and go, fail to be reached and die
