@@ -160,14 +160,9 @@ func Pair() (*Channel, FD, error) {
 // returns. It refuses what is not a SOCK_SEQPACKET socket.
 func Open(fd FD) (*Channel, error) {
 	unix.CloseOnExec(int(fd))
-	typ, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
-	if err != nil {
+	if err := Check(fd); err != nil {
 		fd.Close()
-		return nil, fmt.Errorf("descriptor %d is not a channel: %w", fd, err)
-	}
-	if typ != unix.SOCK_SEQPACKET {
-		fd.Close()
-		return nil, fmt.Errorf("descriptor %d is a socket of type %d, not SOCK_SEQPACKET", fd, typ)
+		return nil, err
 	}
 	if err := unix.SetNonblock(int(fd), true); err != nil {
 		fd.Close()
@@ -191,7 +186,20 @@ func Open(fd FD) (*Channel, error) {
 	return On(connSocket{raw, u}), nil
 }
 
-// On makes a Channel of a connected SOCK_SEQPACKET socket, which it owns from here on.
+// Check says what is wrong with a descriptor that is to be a Channel, if anything is.
+func Check(fd FD) error {
+	typ, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_TYPE)
+	if err != nil {
+		return fmt.Errorf("descriptor %d is not a channel: %w", fd, err)
+	}
+	if typ != unix.SOCK_SEQPACKET {
+		return fmt.Errorf("descriptor %d is a socket of type %d, not SOCK_SEQPACKET", fd, typ)
+	}
+	return nil
+}
+
+// On makes a Channel of a connected socket that Check has passed, which it owns from
+// here on.
 func On(s Socket) *Channel {
 	c := &Channel{
 		conn:    s,

@@ -169,8 +169,13 @@ func (k *remoteKey) request(digest []byte, opts crypto.SignerOpts) *wire.Sign {
 
 // Sign asks the master.
 func (k *remoteKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
+	return k.try(SignTries, digest, opts)
+}
+
+// try asks that many times at most.
+func (k *remoteKey) try(times int, digest []byte, opts crypto.SignerOpts) ([]byte, error) {
 	var err error
-	for range SignTries {
+	for range times {
 		var signature []byte
 		ctx, cancel := context.WithTimeout(context.Background(), SignTime)
 		signature, err = k.signer.sign(ctx, k.request(digest, opts))
@@ -189,10 +194,10 @@ type taskKey struct {
 }
 
 // Sign asks the master.
-func (k *taskKey) Sign(r io.Reader, digest []byte, opts crypto.SignerOpts) (signature []byte, err error) {
+func (k *taskKey) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) (signature []byte, err error) {
 	signature, ok := k.signer.signOn(k.task, k.request(digest, opts))
 	if !ok {
-		k.task.Block(func() { signature, err = k.remoteKey.Sign(r, digest, opts) })
+		k.task.Block(func() { signature, err = k.try(SignTries-1, digest, opts) })
 	}
 	return signature, err
 }

@@ -35,15 +35,7 @@ type link struct {
 
 // open takes over the socket fd, and closes the one before it.
 func (l *link) open(fd ipc.FD) error {
-	loop := l.loops.Pick()
-	var ch *ipc.Channel
-	var on *eventloop.Raw
-	var err error
-	if loop == nil {
-		ch, err = ipc.Open(fd)
-	} else if on, err = loop.Raw(int(fd)); err == nil {
-		ch = ipc.On(on)
-	}
+	ch, on, loop, err := l.channel(fd)
 	if err != nil {
 		return fmt.Errorf("%s: %w", l.kind, err)
 	}
@@ -67,6 +59,17 @@ func (l *link) open(fd ipc.FD) error {
 		loop.Begin(r)
 	}
 	return nil
+}
+
+// channel makes one of fd, which it owns: on a loop, if there is one that takes it.
+func (l *link) channel(fd ipc.FD) (*ipc.Channel, *eventloop.Raw, *eventloop.Loop, error) {
+	if loop := l.loops.Pick(); loop != nil && ipc.Check(fd) == nil {
+		if on, err := loop.Raw(int(fd)); err == nil {
+			return ipc.On(on), on, loop, nil
+		}
+	}
+	ch, err := ipc.Open(fd)
+	return ch, nil, nil, err
 }
 
 // linkReader hands over the answers that come by a link.

@@ -616,6 +616,11 @@ func (p *process) report(ctx context.Context) {
 		}
 		var news []wire.AppTraffic
 		p.mu.Lock()
+		for _, l := range p.listening {
+			if l.on != nil {
+				l.on.Look()
+			}
+		}
 		for id, a := range p.apps {
 			t := a.traffic(time.Now())
 			now := seen{traffic: t, ended: a.ended.Load()}

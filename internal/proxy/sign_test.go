@@ -64,7 +64,7 @@ func TestHandshakesWaitForTheNextSigner(t *testing.T) {
 
 func TestARefusedSignatureIsAskedForAgain(t *testing.T) {
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
-		for refusals, want := range []bool{true, true, true, false} {
+		for refusals, want := range []bool{true, true, false} {
 			var n atomic.Int64
 			var m *master
 			m = signing(t, func(c *wire.Conn, msg wire.Message) {

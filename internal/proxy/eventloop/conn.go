@@ -22,6 +22,7 @@ type Conn struct {
 	gen           int32    // guarded by both mu: of its being in loop, unlike any other's for long
 	stream        bool     // of TCP: a short read has emptied it
 	listens       bool     // others have the same socket
+	last          bool     // guarded by the mu of rd, of one that listens: what is queued is accepted, no more
 	apart         bool     // it is a Raw, whose owner does not write
 	local, remote net.Addr // local is nil until it is asked for
 	owner         *Task    // whose reads and writes park it while it is attached

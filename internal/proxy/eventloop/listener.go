@@ -29,10 +29,16 @@ const (
 type Listener struct {
 	addr net.Addr
 	ends []*Conn // the socket, once for each loop
+
+	mu     sync.Mutex
+	serves bool // guarded by mu
+	closed bool // guarded by mu
+	next   int  // guarded by mu: of ends, to Look
 }
 
 // Listen makes ln, a listener of package net, one of the group's loops. Without an
-// error ln is closed; with one it is as it was, but for options of its socket.
+// error ln is closed; with one it is as it was, but for options of its socket. Nobody
+// who shares the socket may have it block, as os.File.Fd does: a loop would.
 func (g *Group) Listen(ln net.Listener) (*Listener, error) {
 	if g.Len() == 0 || g.over.Load() {
 		return nil, errors.New("there are no loops")
@@ -92,12 +98,18 @@ func (l *Loop) listen(fd int) (*Conn, error) {
 // Addr returns the address that is listened on.
 func (n *Listener) Addr() net.Addr { return n.addr }
 
-// Close ends Serve. What was not accepted stays in the queue of the socket, for
-// those who have it too. It may come twice.
+// Close ends Serve. What the kernel has told this listener of by then, and nobody else
+// who has the socket, is still accepted; what comes later stays in its queue for them.
+// It may come twice.
 func (n *Listener) Close() error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.closed = true
 	var err error
 	for _, c := range n.ends {
-		if e := c.Close(); !errors.Is(e, net.ErrClosed) {
+		if n.serves {
+			c.acceptLast()
+		} else if e := c.Close(); !errors.Is(e, net.ErrClosed) {
 			err = errors.Join(err, e)
 		}
 	}
@@ -107,13 +119,19 @@ func (n *Listener) Close() error {
 // Serve accepts until Close, and calls take for each connection, which take owns:
 // on a loop, so that it must not wait. Whatever else does not let it accept is told to
 // trouble, and accepting goes on after the pause that it returns. Serve returns once
-// no take runs any more, nor will.
+// no take runs any more, nor will. It is called once.
 func (n *Listener) Serve(take func(*Conn), trouble func(error) (pause time.Duration)) {
+	n.mu.Lock()
+	if n.serves = !n.closed; !n.serves {
+		n.mu.Unlock()
+		return
+	}
 	var wg sync.WaitGroup
 	for _, c := range n.ends {
 		wg.Add(1)
 		c.Loop().Begin(&acceptor{c: c, take: take, trouble: trouble, done: wg.Done})
 	}
+	n.mu.Unlock()
 	wg.Wait()
 }
 
@@ -154,6 +172,9 @@ func (c *Conn) accept(l *Loop) (*Conn, error) {
 			return nil, err
 		}
 		if s.dry {
+			if c.last {
+				return nil, c.acceptedLastLocked()
+			}
 			c.waitLocked(s)
 			continue
 		}
@@ -161,8 +182,8 @@ func (c *Conn) accept(l *Loop) (*Conn, error) {
 		size := uint32(unsafe.Sizeof(from))
 		fd, _, errno := syscall.RawSyscall6(unix.SYS_ACCEPT4, uintptr(c.fd), uintptr(unsafe.Pointer(&from)), uintptr(unsafe.Pointer(&size)), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0, 0)
 		switch {
-		case again(errno):
-		case errno == syscall.EAGAIN:
+		case again(errno), errno == syscall.ECONNABORTED, errno == syscall.EPROTO: // of a connection that has gone
+		case errno == syscall.EAGAIN, errno != 0 && c.last:
 			s.dry = true
 		case errno != 0:
 			s.mu.Unlock()
@@ -177,6 +198,44 @@ func (c *Conn) accept(l *Loop) (*Conn, error) {
 			return n, nil
 		}
 	}
+}
+
+// Look has a loop look for a connection of which nobody was told: the one who was, of
+// those who have the socket, may have been killed. It is to be called now and then.
+func (n *Listener) Look() {
+	n.mu.Lock()
+	c := n.ends[n.next%len(n.ends)]
+	n.next++
+	n.mu.Unlock()
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	if !c.rd.closed {
+		c.rd.dry = false
+		c.rouse(&c.rd)
+	}
+}
+
+// acceptLast has a task that accepts end, once it has accepted what is queued: the
+// kernel tells one of those who wait for a connection, and if that is this one it
+// would tell no other when this one leaves.
+func (c *Conn) acceptLast() {
+	c.rd.mu.Lock()
+	defer c.rd.mu.Unlock()
+	if c.rd.closed || c.last {
+		return
+	}
+	c.last, c.rd.dry = true, false
+	c.forgetLocked()
+	c.rouse(&c.rd)
+}
+
+// acceptedLastLocked closes c, and unlocks it.
+func (c *Conn) acceptedLastLocked() error {
+	c.wr.mu.Lock()
+	_ = c.closeLocked()
+	c.wr.mu.Unlock()
+	c.rd.mu.Unlock()
+	return net.ErrClosed
 }
 
 // lighter returns l, unless another loop has far fewer connections.

@@ -175,6 +175,106 @@ func TestClosedListenerLeavesItsQueueToOthers(t *testing.T) {
 	})
 }
 
+// Of two that wait for the same socket the kernel tells one of a connection. If that
+// one is just being closed it takes the connection all the same, since nobody tells
+// the other.
+func TestConnectionsAreNotLeftBetweenTwoListeners(t *testing.T) {
+	const rounds = 100
+	each(t, func(t *testing.T, network string) {
+		first := listen(t, network)
+		files, ok := first.(interface{ File() (*os.File, error) })
+		if !ok {
+			t.Fatalf("it is a %T", first)
+		}
+		again := func() net.Listener { // the socket once more
+			f, err := files.File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			ln, err := net.FileListener(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return ln
+		}
+		old, next := newGroup(t, 1), newGroup(t, 1)
+		closes := func(c *Conn) { _ = c.Close() }
+		stays := again()
+		for range rounds {
+			before := onLoops(t, old, again(), closes, nil)
+			settle(t, old.loops[0]) // it sleeps by now, or soon
+			after := onLoops(t, next, again(), closes, nil)
+			settle(t, next.loops[0])
+			c := dial(t, stays.Addr())
+			if err := before.Close(); err != nil {
+				t.Error(err)
+			}
+			_ = c.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if _, err := c.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // connections return it bare
+				t.Fatalf("nobody has taken the connection: %v", err)
+			}
+			await(t, before.served)
+			_ = after.Close()
+			await(t, after.served)
+			_ = c.Close()
+		}
+		_ = stays.Close()
+	})
+}
+
+func TestConnectionThatSomebodyElseWasToldOfIsFound(t *testing.T) {
+	g := newGroup(t, 2)
+	ln := listen(t, "tcp")
+	raw, err := ln.(*net.TCPListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var fd int
+	e := raw.Control(func(own uintptr) { fd, err = unix.FcntlInt(own, unix.F_DUPFD_CLOEXEC, 3) })
+	if err := errors.Join(e, err); err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(fd)
+	// Who is told and does not accept.
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET | unix.EPOLLEXCLUSIVE, Fd: int32(fd)}); err != nil {
+		t.Fatal(err)
+	}
+	taken := make(chan struct{}, 1)
+	l := onLoops(t, g, ln, func(c *Conn) { _ = c.Close(); taken <- struct{}{} }, nil)
+	for _, l := range g.loops {
+		settle(t, l)
+	}
+	told := make(chan struct{})
+	go func() {
+		defer close(told)
+		var events [1]unix.EpollEvent
+		for {
+			if n, err := unix.EpollWait(ep, events[:], int(patience/time.Millisecond)); err != syscall.EINTR { //nolint:errorlint // an Errno
+				if n != 1 {
+					t.Errorf("%d events, %v", n, err)
+				}
+				return
+			}
+		}
+	}()
+	time.Sleep(20 * time.Millisecond) // it sleeps by then, or is told when it would
+	dial(t, l.Addr())
+	await(t, told)
+	_ = syscall.Close(ep)
+	select {
+	case <-taken: // the kernel told more than one
+		return
+	case <-time.After(50 * time.Millisecond):
+	}
+	l.Look()
+	await(t, taken)
+}
+
 func TestListenerWaitsOutTrouble(t *testing.T) {
 	g := newGroup(t, 1)
 	var limit syscall.Rlimit

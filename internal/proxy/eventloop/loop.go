@@ -15,8 +15,8 @@ import (
 
 const (
 	// MaxDescriptor bounds the descriptors that a loop takes, which stand in a table of
-	// as many pointers. Connections with larger ones stay off the loops.
-	MaxDescriptor = 1 << 17
+	// as many pointers; it takes none that is larger.
+	MaxDescriptor = 1 << 19
 	// maxEvents is how many events are taken from the kernel at once.
 	maxEvents = 256
 	// shortSleep is how long a loop without events keeps its place with the scheduler,

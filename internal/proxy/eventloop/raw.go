@@ -1,7 +1,6 @@
 package eventloop
 
 import (
-	"errors"
 	"fmt"
 	"syscall"
 	"time"
@@ -12,15 +11,15 @@ import (
 // not on a task.
 type Raw struct{ c *Conn }
 
-// Raw makes fd, a socket, one of the loop, which owns it from here on, whatever is
-// returned.
+// Raw makes fd, a socket, one of the loop, which owns it from here on; with an error
+// it does not, and nothing has changed but that fd does not block.
 func (l *Loop) Raw(fd int) (*Raw, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
-		return nil, errors.Join(fmt.Errorf("a socket for a loop: %w", err), syscall.Close(fd))
+		return nil, fmt.Errorf("a socket for a loop: %w", err)
 	}
 	c := &Conn{fd: fd, apart: true}
 	if err := c.join(l, connEvents); err != nil {
-		return nil, errors.Join(err, syscall.Close(fd))
+		return nil, err
 	}
 	return &Raw{c}, nil
 }

@@ -460,12 +460,17 @@ func (c *conn) linger(within time.Duration) {
 			return
 		}
 		// What comes without a wait needs no new deadline for each piece.
-		for until := now.Add(wait / 4); time.Now().Before(until); {
+		for until := now.Add(wait / 4); ; {
 			if _, err := sock.Read(b.B); err != nil {
 				return
 			}
+			if time.Now().After(until) {
+				break
+			}
 		}
-		within -= time.Since(now)
+		if within -= time.Since(now); c.srv.draining.Load() {
+			within = min(within, wait)
+		}
 	}
 }
 
@@ -566,7 +571,7 @@ func (c *conn) exchange() bool {
 
 // lingerTime is how long what comes after the last answer is read.
 func (c *conn) lingerTime() time.Duration {
-	if c.x.bodyDone.Load() || c.srv.draining.Load() {
+	if c.x.bodyDone.Load() {
 		return c.srv.Limits.Linger
 	}
 	return c.srv.Limits.LingerBody
