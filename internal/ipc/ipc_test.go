@@ -345,6 +345,56 @@ func TestSendGivesUpOnAPeerThatDoesNotRead(t *testing.T) {
 	}
 }
 
+func TestTrySendNeverWaits(t *testing.T) {
+	a, b := pair(t)
+	if b.Waiting() {
+		t.Error("something waits before anything was sent")
+	}
+	var err error
+	sent := 0
+	for ; err == nil && sent < 1000; sent++ {
+		err = a.TrySend(Record{Kind: uint16(sent), Body: make([]byte, MaxInline)})
+	}
+	if !errors.Is(err, ErrFull) {
+		t.Fatalf("after %d records: %v, want ErrFull", sent, err)
+	}
+	for i := range sent - 1 { // those that were taken are whole
+		if !b.Waiting() {
+			t.Fatalf("record %d does not wait", i)
+		}
+		if r, err := b.Receive(); err != nil || len(r.Body) != MaxInline || int(r.Kind) != i {
+			t.Fatalf("record %d: kind %d, %d bytes, %v", i, r.Kind, len(r.Body), err)
+		}
+	}
+	if b.Waiting() {
+		t.Error("something waits that was not sent")
+	}
+	a.sendMu.Lock() // by somebody who waits for room
+	if err := a.TrySend(Record{Kind: 1}); !errors.Is(err, ErrFull) {
+		t.Errorf("beside another sender: %v, want ErrFull", err)
+	}
+	a.sendMu.Unlock()
+	for what, r := range map[string]Record{"files": {Files: []FD{file(t, "x")}}, "a large body": {Body: make([]byte, MaxInline+1)}} {
+		if err := a.TrySend(r); err == nil || errors.Is(err, ErrFull) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	_ = b.Close()
+	if err := a.TrySend(Record{Kind: 1}); !errors.Is(err, unix.EPIPE) {
+		t.Errorf("to a peer that has gone: %v, want EPIPE", err)
+	}
+	if !a.Waiting() {
+		t.Error("the end does not wait")
+	}
+	_ = a.Close()
+	if err := a.TrySend(Record{Kind: 1}); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("after Close: %v, want ErrClosed", err)
+	}
+	if a.Waiting() {
+		t.Error("something waits in a closed channel")
+	}
+}
+
 func TestOpenTakesOnlyAChannel(t *testing.T) {
 	noLeak(t)
 	stream, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)

@@ -327,6 +327,77 @@ func TestAnswerThatCrossesTheEndOfItsCallLeaksNothing(t *testing.T) {
 	}
 }
 
+func TestABegunCallIsAnsweredOnce(t *testing.T) {
+	proxy, agent := conns(t, LinkDialing, Proxy, Agent)
+	calls := NewCalls(proxy)
+	told := make(chan error, 10)
+	begin := func(n uint32) uint64 {
+		t.Helper()
+		id, err := calls.Begin(dial(n), func(m Message, err error) { m.Discard(); told <- err })
+		must(t, err)
+		if _, asked := receive[Dial](t, agent); asked.ID != id {
+			t.Errorf("call %d has the id %d, not %d", n, asked.ID, id)
+		}
+		return id
+	}
+	pass := func() {
+		t.Helper()
+		m, err := proxy.Receive()
+		must(t, err)
+		calls.Answer(m)
+	}
+	first, second := begin(1), begin(2)
+	must(t, agent.Reply(second, &Dialed{}, pipeEnd(t)))
+	pass()
+	must(t, agent.ReplyError(first, tako.Errorf(tako.CodeFailed, "refused")))
+	pass()
+	if err := <-told; err != nil {
+		t.Errorf("the second: %v", err)
+	}
+	if err := <-told; err == nil || err.Error() != "refused" {
+		t.Errorf("the first: %v", err)
+	}
+	if calls.Forget(first) {
+		t.Error("a call that was answered is still waited for")
+	}
+	third := begin(3)
+	if !calls.Forget(third) {
+		t.Error("a call that was not answered is not waited for")
+	}
+	must(t, agent.Reply(third, &Dialed{}, pipeEnd(t)))
+	pass()
+	begin(4)
+	calls.End()
+	if err := <-told; !errors.Is(err, ErrGone) {
+		t.Errorf("at the end: %v", err)
+	}
+	if _, err := calls.Begin(dial(5), func(Message, error) { t.Error("told of a call that was not begun") }); !errors.Is(err, ErrGone) {
+		t.Errorf("after the end: %v", err)
+	}
+	if len(told) != 0 || len(calls.waiting) != 0 {
+		t.Errorf("%d told too much, %d still wait", len(told), len(calls.waiting))
+	}
+}
+
+func TestACallThatCannotBeSentNowIsNotBegun(t *testing.T) {
+	proxy, agent := conns(t, LinkDialing, Proxy, Agent)
+	calls := NewCalls(proxy)
+	n := 0
+	var err error
+	for ; err == nil && n < 10_000; n++ {
+		_, err = calls.Begin(dial(1), func(Message, error) {})
+	}
+	if !errors.Is(err, ipc.ErrFull) || len(calls.waiting) != n-1 {
+		t.Fatalf("after %d calls, of which %d wait: %v, want ErrFull", n, len(calls.waiting), err)
+	}
+	for range n - 1 {
+		receive[Dial](t, agent)
+	}
+	if _, err := calls.Begin(dial(1), func(Message, error) {}); err != nil {
+		t.Errorf("with room again: %v", err)
+	}
+}
+
 func TestEndFailsAllCalls(t *testing.T) {
 	calls, answer := served(t, func(c *Conn, _ []Message) { _ = c.Close() })
 	got := make(chan error, 3)
