@@ -15,10 +15,10 @@ import (
 )
 
 // signing starts a proxy for blog.test whose signatures are made by sign.
-func signing(t *testing.T, sign func(*wire.Conn, wire.Message)) *master {
+func signing(t *testing.T, sign func(*master, *wire.Conn, wire.Message)) *master {
 	m := greeted(t)
 	m.configure()
-	m.side(&wire.Signer{}, wire.LinkSigning, sign)
+	m.side(&wire.Signer{}, wire.LinkSigning, func(c *wire.Conn, msg wire.Message) { sign(m, c, msg) })
 	cert, _ := m.certificate("blog", true, "blog.test")
 	m.send(cert)
 	m.send(&wire.Serve{})
@@ -39,9 +39,8 @@ func (m *master) shake(version uint16) error {
 
 func TestHandshakesWaitForTheNextSigner(t *testing.T) {
 	const asking = 20
-	var m *master
 	asked := make(chan struct{}, asking)
-	m = signing(t, func(*wire.Conn, wire.Message) { asked <- struct{}{} }) // and never answers
+	m := signing(t, func(*master, *wire.Conn, wire.Message) { asked <- struct{}{} }) // and never answers
 	var all sync.WaitGroup
 	for range asking {
 		all.Go(func() {
@@ -66,8 +65,7 @@ func TestARefusedSignatureIsAskedForAgain(t *testing.T) {
 	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
 		for refusals, want := range []bool{true, true, false} {
 			var n atomic.Int64
-			var m *master
-			m = signing(t, func(c *wire.Conn, msg wire.Message) {
+			m := signing(t, func(m *master, c *wire.Conn, msg wire.Message) {
 				if n.Add(1) <= int64(refusals) {
 					_ = c.ReplyError(msg.ID, tako.Errorf(tako.CodeBusy, "not now"))
 					return
@@ -86,8 +84,7 @@ func TestARefusedSignatureIsAskedForAgain(t *testing.T) {
 func TestASignerThatDoesNotReadStopsNobodyElse(t *testing.T) {
 	const asking = 500
 	reads := make(chan struct{})
-	var m *master
-	m = signing(t, func(c *wire.Conn, msg wire.Message) {
+	m := signing(t, func(m *master, c *wire.Conn, msg wire.Message) {
 		<-reads
 		m.sign(c, msg)
 	})
