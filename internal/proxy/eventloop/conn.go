@@ -23,6 +23,7 @@ type Conn struct {
 	stream        bool     // of TCP: a short read has emptied it
 	listens       bool     // others have the same socket
 	last          bool     // guarded by the mu of rd, of one that listens: what is queued is accepted, no more
+	more          int      // guarded by the mu of rd: how many then
 	apart         bool     // it is a Raw, whose owner does not write
 	local, remote net.Addr // local is nil until it is asked for
 	owner         *Task    // whose reads and writes park it while it is attached

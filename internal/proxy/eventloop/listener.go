@@ -18,6 +18,9 @@ const (
 	// moreConns is how many connections more than another a loop may have, beside an
 	// eighth, and still keep what it accepts.
 	moreConns = 8
+	// MaxLast bounds what a loop still accepts from a listener that closes: more than a
+	// queue has, so that clients who come ever faster do not hold it up.
+	MaxLast = 1 << 16
 	// The kernel asks whether an idle client is still there after keepIdle, and again
 	// each keepEvery, keepTries times, as package net has it.
 	keepIdle, keepEvery = 15 * time.Second, 15 * time.Second
@@ -29,6 +32,7 @@ const (
 type Listener struct {
 	addr net.Addr
 	ends []*Conn // the socket, once for each loop
+	most int     // MaxLast
 
 	mu     sync.Mutex
 	serves bool // guarded by mu
@@ -51,7 +55,7 @@ func (g *Group) Listen(ln net.Listener) (*Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &Listener{addr: ln.Addr()}
+	n := &Listener{addr: ln.Addr(), most: MaxLast}
 	e := raw.Control(func(fd uintptr) {
 		keepAlive(int(fd))
 		for _, l := range g.loops {
@@ -108,7 +112,7 @@ func (n *Listener) Close() error {
 	var err error
 	for _, c := range n.ends {
 		if n.serves {
-			c.acceptLast()
+			c.acceptLast(n.most)
 		} else if e := c.Close(); !errors.Is(e, net.ErrClosed) {
 			err = errors.Join(err, e)
 		}
@@ -171,10 +175,10 @@ func (c *Conn) accept(l *Loop) (*Conn, error) {
 			s.mu.Unlock()
 			return nil, err
 		}
-		if s.dry {
-			if c.last {
-				return nil, c.acceptedLastLocked()
-			}
+		switch {
+		case c.last && (s.dry || c.more == 0):
+			return nil, c.acceptedLastLocked()
+		case s.dry:
 			c.waitLocked(s)
 			continue
 		}
@@ -189,6 +193,7 @@ func (c *Conn) accept(l *Loop) (*Conn, error) {
 			s.mu.Unlock()
 			return nil, os.NewSyscallError("accept", errno)
 		default:
+			c.more-- // which counts if it is the last
 			s.mu.Unlock()
 			n := &Conn{fd: int(fd), remote: addrOf(&from, size)}
 			_, n.stream = n.remote.(*net.TCPAddr)
@@ -217,14 +222,14 @@ func (n *Listener) Look() {
 
 // acceptLast has a task that accepts end, once it has accepted what is queued: the
 // kernel tells one of those who wait for a connection, and if that is this one it
-// would tell no other when this one leaves.
-func (c *Conn) acceptLast() {
+// would tell no other when this one leaves. It accepts no more than most.
+func (c *Conn) acceptLast(most int) {
 	c.rd.mu.Lock()
 	defer c.rd.mu.Unlock()
 	if c.rd.closed || c.last {
 		return
 	}
-	c.last, c.rd.dry = true, false
+	c.last, c.more, c.rd.dry = true, most, false
 	c.forgetLocked()
 	c.rouse(&c.rd)
 }

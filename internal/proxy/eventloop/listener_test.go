@@ -223,6 +223,32 @@ func TestConnectionsAreNotLeftBetweenTwoListeners(t *testing.T) {
 	})
 }
 
+func TestAListenerThatClosesAcceptsSoManyAtMost(t *testing.T) {
+	const most, queued = 3, 10
+	g := newGroup(t, 1)
+	taken := 0
+	l := onLoops(t, g, listen(t, "tcp"), func(c *Conn) { taken++; _ = c.Close() }, nil)
+	if l.most != MaxLast || MaxLast != 65536 {
+		t.Errorf("%d at most, want 65536", l.most)
+	}
+	l.most = most
+	settle(t, g.loops[0])
+	held, hold := make(chan struct{}), make(chan struct{})
+	begin(g.loops[0], func(*Task) { close(held); <-hold }) // which stops the loop
+	await(t, held)
+	for range queued {
+		dial(t, l.Addr())
+	}
+	if err := l.Close(); err != nil {
+		t.Error(err)
+	}
+	close(hold)
+	await(t, l.served)
+	if taken != most {
+		t.Errorf("%d of %d were taken, want %d", taken, queued, most)
+	}
+}
+
 func TestConnectionThatSomebodyElseWasToldOfIsFound(t *testing.T) {
 	g := newGroup(t, 2)
 	ln := listen(t, "tcp")
