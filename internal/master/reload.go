@@ -471,14 +471,14 @@ func (s *server) handOver(ctx context.Context, program ipc.FD, mgmt *net.UnixLis
 	if agent != nil {
 		h, err := hand(agent)
 		if err != nil {
-			return err
+			return agent.unsettled(err)
 		}
 		st.Agent = &h
 	}
 	for _, l := range links {
 		h, err := hand(l.link)
 		if err != nil {
-			return err
+			return l.unsettled(err)
 		}
 		if l.signer != nil {
 			if h.Signer, h.SignerPosition, err = l.signer.HandOver(); err != nil {
@@ -891,6 +891,17 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 // errUnsettled is the error of a reload that met children which it could not hand
 // over, as one of them had just died: it is tried again.
 var errUnsettled = errors.New("tako-proxy or tako-agent is not ready")
+
+// unsettled is the error of a hand-over that failed, as one that is tried again if the
+// child has ended in that moment, or does in the next: its descriptors go first.
+func (l *link) unsettled(err error) error {
+	select {
+	case <-l.child.Done():
+		return fmt.Errorf("%w: %w", errUnsettled, err)
+	case <-time.After(LastWord):
+		return err
+	}
+}
 
 // awaitChildren waits until the children are those that can be handed over.
 func (s *server) awaitChildren(ctx context.Context, late <-chan time.Time) error {
