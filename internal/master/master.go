@@ -619,7 +619,12 @@ func (s *server) session(ctx context.Context, mgmt *net.UnixListener, commands *
 				if err = s.awaitChildren(ctx, late); err == nil {
 					err = s.handOver(ctx, program, mgmt) // comes back only if it failed
 					if again = errors.Is(err, errUnsettled); again {
-						err = nil
+						select {
+						case <-time.After(settlePause): // in which the end of a child is heard
+							err = nil
+						case <-late:
+							again = false
+						}
 					}
 				}
 			}

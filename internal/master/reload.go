@@ -892,6 +892,9 @@ func (s *server) prepareReload(ctx context.Context) (ipc.FD, error) {
 // over, as one of them had just died: it is tried again.
 var errUnsettled = errors.New("tako-proxy or tako-agent is not ready")
 
+// settlePause is the time between two looks at children that are not ready.
+const settlePause = 10 * time.Millisecond
+
 // unsettled is the error of a hand-over that failed, as one that is tried again if the
 // child has ended in that moment, or does in the next: its descriptors go first.
 func (l *link) unsettled(err error) error {
@@ -907,7 +910,7 @@ func (l *link) unsettled(err error) error {
 func (s *server) awaitChildren(ctx context.Context, late <-chan time.Time) error {
 	for !s.settledChildren() { // one of them was just replaced
 		select {
-		case <-time.After(10 * time.Millisecond):
+		case <-time.After(settlePause):
 		case <-late:
 			return errUnsettled
 		case <-ctx.Done():
